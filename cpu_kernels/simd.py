@@ -1,0 +1,416 @@
+"""Vectors of 16 lanes as Numba types, and operations on them by meaning.
+
+LLVM turns the generic ones into whatever the host has; only integer dot products differ per instruction set. Addresses
+are int64. `op` makes a function over an LLVM IR builder callable from Numba code; `.build` stays for kernels that write
+their own unrolled IR.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, models, register_model
+
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+HALF, SINGLE, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+LANES = 16
+
+
+class VectorType(types.Type):
+    """A Numba type for one LLVM vector."""
+
+    def __init__(self, name, llvm):
+        self.llvm = llvm
+        super().__init__(name=name)
+
+
+@register_model(VectorType)
+class VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, fe_type):
+        super().__init__(manager, fe_type, fe_type.llvm)
+
+
+F = VectorType("f32x16", ir.VectorType(SINGLE, LANES))
+I = VectorType("i32x16", ir.VectorType(I32, LANES))  # noqa: E741
+B = VectorType("i8x64", ir.VectorType(I8, 4 * LANES))
+A, S, VOID = types.int64, types.float32, types.void
+
+
+def op(signature):
+    """Decorator: `build(builder, *values)` of the signature becomes a Numba intrinsic with `.build`."""
+
+    def wrap(build):
+        def codegen(context, builder, sig, args):
+            value = build(builder, *args)
+            return context.get_dummy_value() if sig.return_type == VOID else value
+
+        names = [f"a{i}" for i in range(len(signature.args))]
+        scope = {"signature": signature, "codegen": codegen}
+        # Numba's @intrinsic inspects the argument count, so each arity needs a function of its own.
+        exec(f"def typer(context{''.join(', ' + n for n in names)}):\n    return signature, codegen", scope)
+        made = intrinsic(scope["typer"])
+        made.build = build
+        made.__doc__ = inspect.getdoc(build)
+        return made
+
+    return wrap
+
+
+def instruction_set() -> str:
+    """The dot-product instructions that Numba compiles for: "vnni512", "avx2" or "generic"."""
+    features = cpu_target.target_context.codegen()._tm_features.split(",")
+    if "+avx512vnni" in features and "+avx512f" in features:
+        return "vnni512"
+    return "avx2" if "+avx2" in features else "generic"
+
+
+# Builder helpers
+
+
+def call(b, name, result, args):
+    """Calls an LLVM intrinsic or C function by name."""
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+
+
+def pointer(b, address, kind):
+    return b.inttoptr(address, kind.as_pointer())
+
+
+def splat(b, x, lanes=LANES):
+    one = b.insert_element(ir.Constant(ir.VectorType(x.type, lanes), ir.Undefined), x, I32(0))
+    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+
+
+def floats(x):
+    return ir.Constant(F.llvm, [float(x)] * LANES)
+
+
+def ints(x):
+    return ir.Constant(I.llvm, [int(x)] * LANES)
+
+
+def offset(b, address, n):
+    return b.add(address, I64(n))
+
+
+# Memory
+
+
+@op(S(A))
+def f32_at(b, a):
+    return b.load(pointer(b, a, SINGLE), align=4)
+
+
+@op(A(A))
+def i32_at(b, a):
+    return b.sext(b.load(pointer(b, a, I32), align=4), I64)
+
+
+@op(A(A))
+def i64_at(b, a):
+    return b.load(pointer(b, a, I64), align=8)
+
+
+@op(A(A))
+def u8_at(b, a):
+    return b.zext(b.load(pointer(b, a, I8)), I64)
+
+
+@op(S(A))
+def f16_at(b, a):
+    return b.fpext(b.load(pointer(b, a, HALF), align=2), SINGLE)
+
+
+@op(S(A))
+def bf16_at(b, a):
+    return b.bitcast(b.shl(b.zext(b.load(pointer(b, a, I16), align=2), I32), I32(16)), SINGLE)
+
+
+@op(VOID(A, S))
+def set_f32(b, a, x):
+    b.store(x, pointer(b, a, SINGLE), align=4)
+
+
+@op(VOID(A, S))
+def set_f16(b, a, x):
+    b.store(b.fptrunc(x, HALF), pointer(b, a, HALF), align=2)
+
+
+@op(VOID(A, A))
+def set_i32(b, a, x):
+    b.store(b.trunc(x, I32), pointer(b, a, I32), align=4)
+
+
+@op(VOID(A, A))
+def set_i64(b, a, x):
+    b.store(x, pointer(b, a, I64), align=8)
+
+
+@op(VOID(A, A))
+def set_u8(b, a, x):
+    b.store(b.trunc(x, I8), pointer(b, a, I8))
+
+
+@op(F(A))
+def load_f32(b, a):
+    return b.load(pointer(b, a, F.llvm), align=4)
+
+
+@op(VOID(A, F))
+def store_f32(b, a, v):
+    b.store(v, pointer(b, a, F.llvm), align=4)
+
+
+@op(F(A))
+def load_f16(b, a):
+    return b.fpext(b.load(pointer(b, a, ir.VectorType(HALF, LANES)), align=2), F.llvm)
+
+
+@op(VOID(A, F))
+def store_f16(b, a, v):
+    half = ir.VectorType(HALF, LANES)
+    b.store(b.fptrunc(v, half), pointer(b, a, half), align=2)
+
+
+@op(F(A))
+def load_bf16(b, a):
+    raw = b.load(pointer(b, a, ir.VectorType(I16, LANES)), align=2)
+    return b.bitcast(b.shl(b.zext(raw, I.llvm), ints(16)), F.llvm)
+
+
+@op(B(A))
+def load_bytes(b, a):
+    return b.load(pointer(b, a, B.llvm), align=1)
+
+
+@op(VOID(A, I))
+def store_i8(b, a, v):
+    """Stores 16 lanes as bytes; each must lie in -128..127."""
+    small = ir.VectorType(I8, LANES)
+    b.store(b.trunc(v, small), pointer(b, a, small), align=1)
+
+
+@op(F(A))
+def splat_f32_at(b, a):
+    return splat(b, b.load(pointer(b, a, SINGLE), align=4))
+
+
+@op(I(A))
+def splat_i32_at(b, a):
+    return splat(b, b.load(pointer(b, a, I32), align=4))
+
+
+@op(B(A))
+def splat_quad(b, a):
+    """Four bytes, repeated in every lane."""
+    return b.bitcast(splat(b, b.load(pointer(b, a, I32), align=1)), B.llvm)
+
+
+@op(VOID(A))
+def prefetch(b, a):
+    """Fetches a cache line that will be read soon."""
+    target = b.inttoptr(a, I8.as_pointer())
+    call(b, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(3), I32(1)])
+
+
+# Arithmetic
+
+
+@op(F())
+def zeros(b):
+    return floats(0)
+
+
+@op(F(S))
+def splat_f32(b, x):
+    return splat(b, x)
+
+
+@op(F(F, F, F))
+def fma(b, x, y, z):
+    return call(b, "llvm.fma.v16f32", F.llvm, [x, y, z])
+
+
+@op(F(F, F))
+def add(b, x, y):
+    return b.fadd(x, y)
+
+
+@op(F(F, F))
+def sub(b, x, y):
+    return b.fsub(x, y)
+
+
+@op(F(F, F))
+def mul(b, x, y):
+    return b.fmul(x, y)
+
+
+@op(F(F, F))
+def div(b, x, y):
+    return b.fdiv(x, y)
+
+
+@op(F(F, F))
+def maximum(b, x, y):
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+@op(F(F))
+def absolute(b, x):
+    return call(b, "llvm.fabs.v16f32", F.llvm, [x])
+
+
+def _halves(b, v, combine):
+    """Reduces 16 lanes by halving: one fixed order on every instruction set."""
+    n = LANES
+    while n > 1:
+        n //= 2
+        kind = ir.VectorType(I32, n)
+        low = b.shuffle_vector(v, v, ir.Constant(kind, list(range(n))))
+        high = b.shuffle_vector(v, v, ir.Constant(kind, list(range(n, 2 * n))))
+        v = combine(low, high)
+    return b.extract_element(v, I32(0))
+
+
+@op(S(F))
+def total(b, v):
+    return _halves(b, v, b.fadd)
+
+
+@op(S(F))
+def largest(b, v):
+    return _halves(b, v, lambda x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+
+
+@op(A(I))
+def total_i32(b, v):
+    return b.sext(_halves(b, v, b.add), I64)
+
+
+@op(I(I, I))
+def add_i32(b, x, y):
+    return b.add(x, y)
+
+
+@op(I(F))
+def round_to_i32(b, v):
+    return b.fptosi(call(b, "llvm.nearbyint.v16f32", F.llvm, [v]), I.llvm)
+
+
+@op(F(I))
+def to_float(b, v):
+    return b.sitofp(v, F.llvm)
+
+
+@op(F(F, A, A))
+def keep_lanes(b, v, first, end):
+    """Lanes first..end-1 of v, the others -1e30 (a score that no softmax sees)."""
+    lane = ir.Constant(I.llvm, list(range(LANES)))
+    above = b.icmp_signed(">=", lane, splat(b, b.trunc(first, I32)))
+    below = b.icmp_signed("<", lane, splat(b, b.trunc(end, I32)))
+    return b.select(b.and_(above, below), v, floats(-1e30))
+
+
+@op(F(F))
+def exp(b, x):
+    """e**x to about 1e-7 relative, clamped to -87..88. Source: the Cephes polynomial of degree 5."""
+    x = b.select(b.fcmp_ordered("<", x, floats(-87)), floats(-87), x)
+    x = b.select(b.fcmp_ordered(">", x, floats(88)), floats(88), x)
+    n = call(b, "llvm.nearbyint.v16f32", F.llvm, [b.fmul(x, floats(1.44269504))])
+    r = fma.build(b, n, floats(-0.693359375), x)
+    r = fma.build(b, n, floats(2.12194440e-4), r)
+    p = floats(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fma.build(b, p, r, floats(c))
+    p = b.fadd(fma.build(b, p, b.fmul(r, r), r), floats(1))
+    power = b.shl(b.fptosi(n, I.llvm), ints(23))
+    return b.bitcast(b.add(b.bitcast(p, I.llvm), power), F.llvm)
+
+
+# Integer dot products: lane i of acc gains the sum of the 4 products of its bytes
+
+
+@op(B(B))
+def low_nibbles(b, v):
+    return b.and_(v, ir.Constant(B.llvm, [15] * 64))
+
+
+@op(B(B))
+def high_nibbles(b, v):
+    return b.lshr(v, ir.Constant(B.llvm, [4] * 64))
+
+
+def _dot_generic(b, acc, u, s):
+    """Any CPU: byte by byte in 32-bit lanes."""
+    u, s = b.bitcast(u, I.llvm), b.bitcast(s, I.llvm)
+    for k in range(4):
+        byte = b.and_(b.lshr(u, ints(8 * k)), ints(255))
+        signed = b.ashr(b.shl(s, ints(24 - 8 * k)), ints(24))
+        acc = b.add(acc, b.mul(byte, signed))
+    return acc
+
+
+def _dot_avx2(b, acc, u, s):
+    """AVX2 through 16-bit products: `pmaddubsw` saturates for bytes above 127, so even and odd bytes go apart."""
+    wide, half = ir.VectorType(I16, 32), ir.VectorType(I16, 16)
+    u, s = b.bitcast(u, wide), b.bitcast(s, wide)
+    eight, mask = ir.Constant(wide, [8] * 32), ir.Constant(wide, [255] * 32)
+    pairs = [
+        (b.and_(u, mask), b.ashr(b.shl(s, eight), eight)),
+        (b.lshr(u, eight), b.ashr(s, eight)),
+    ]
+    for x, y in pairs:
+        parts = []
+        for part in range(2):
+            index = ir.Constant(ir.VectorType(I32, 16), [16 * part + i for i in range(16)])
+            xs, ys = b.shuffle_vector(x, x, index), b.shuffle_vector(y, y, index)
+            xs, ys = b.bitcast(xs, half), b.bitcast(ys, half)
+            parts.append(call(b, "llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), [xs, ys]))
+        both = ir.Constant(ir.VectorType(I32, 16), list(range(16)))
+        acc = b.add(acc, b.shuffle_vector(parts[0], parts[1], both))
+    return acc
+
+
+def _dot_vnni512(b, acc, u, s):
+    return call(b, "llvm.x86.avx512.vpdpbusd.512", I.llvm, [acc, b.bitcast(u, I.llvm), b.bitcast(s, I.llvm)])
+
+
+@op(I(I, B, B))
+def dot_u8_s8(b, acc, u, s):
+    """acc + sums of 4 products of unsigned and signed bytes. Exact for all values."""
+    return {"vnni512": _dot_vnni512, "avx2": _dot_avx2, "generic": _dot_generic}[instruction_set()](b, acc, u, s)
+
+
+# Between threads
+
+
+@op(A(A, A))
+def atomic_add(b, a, x):
+    """Adds and returns the value before."""
+    return b.atomic_rmw("add", pointer(b, a, I64), x, "seq_cst")
+
+
+@op(A(A))
+def atomic_load(b, a):
+    return b.load_atomic(pointer(b, a, I64), "seq_cst", 8)
+
+
+@op(VOID(A, A))
+def atomic_store(b, a, x):
+    b.store_atomic(x, pointer(b, a, I64), "seq_cst", 8)
+
+
+@op(VOID())
+def pause(b):
+    """Tells the core that this is a spin loop."""
+    features = cpu_target.target_context.codegen()._tm_features
+    if "sse2" in features:
+        call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
+    else:
+        b.fence("seq_cst")

@@ -1,0 +1,1 @@
+"""Home of the Metal kernels of the MLX runtime: `.metal` bodies and the wrappers that hand them to MLX."""

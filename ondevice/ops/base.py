@@ -1,0 +1,155 @@
+"""The op table: every operation that the decoder calls, with its shapes. A platform is one table.
+
+N counts tokens of one step, of any number of sequences. Each token carries its sequence's cache slot and its position,
+so a prompt (many tokens, one slot), a batch of ragged prompts and a decode step (one token per slot) are the same call,
+and no token's arithmetic depends on its neighbours. `Array` is a table's own array type; weights are handles that the
+table's `pack_*` made from canonical tensors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ondevice.checkpoint.quantization import Tensor
+
+if TYPE_CHECKING:
+    from ondevice.generation.kv_cache import KVCache
+    from ondevice.spec import ModelSpec
+
+Array = Any
+Handle = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one pass of the decoder works on.
+
+    Args:
+        tokens: int32 [N], vocabulary ids.
+        positions: int32 [N], position of each token in its sequence.
+        slots: int32 [N], cache slot of each token's sequence.
+        outputs: int32 [M], which of the N tokens get logits.
+    """
+
+    tokens: Array
+    positions: Array
+    slots: Array
+    outputs: Array
+
+
+Body = Callable[[Step], Array]
+
+
+class Ops(ABC):
+    """Operations of one platform."""
+
+    name: str
+
+    # Weights
+
+    @abstractmethod
+    def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Handle:
+        """Linears with a common input, joined along their outputs.
+
+        Args:
+            weights: each [out_i, in].
+            biases: each [out_i] or None.
+        """
+
+    @abstractmethod
+    def pack_embedding(self, table: Tensor) -> Handle:
+        """A table [rows, d] to look rows up in."""
+
+    def pack_tied(self, table: Tensor) -> tuple[Handle, Handle]:
+        """(embedding, head) of one table [vocab, d] that serves as both."""
+        return self.pack_embedding(table), self.pack_linear([table], [None])
+
+    @abstractmethod
+    def pack_norm(self, weight: Tensor, bias: Tensor | None, kind: str, eps: float, offset: float) -> Handle:
+        """A norm over d. kind: "rms" or "layer"; `offset` is added to the weight."""
+
+    @abstractmethod
+    def pack_rope(self, inverse_frequencies: NDArray[np.float64], attention_factor: float, context: int) -> Handle:
+        """Rotation angles [dim/2] for positions below `context`."""
+
+    # Cache
+
+    @abstractmethod
+    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Any:
+        """Storage for keys and values: `pages` pages of `page` positions for every layer and KV head."""
+
+    # One step
+
+    def prepare(self, spec: ModelSpec, progress: Callable[[int, int, str], None] | None = None) -> None:
+        """Does ahead what the first steps of a model would have to wait for, such as compiling."""
+
+    @abstractmethod
+    def run(self, step: Step, cache: KVCache, body: Body, name: str = "logits") -> NDArray[np.float32]:
+        """Runs `body` on a step given as NumPy arrays.
+
+        The place where a table may record a step of a shape once and replay it: `name` tells bodies apart.
+
+        Returns:
+            float32 [rows, width] of the body's result, a copy that later steps leave alone.
+        """
+
+    @abstractmethod
+    def embed(self, table: Handle, rows: Array, scale: float = 1.0, offset: int = 0) -> Array:
+        """Rows `rows + offset` of a table, times scale: [N] -> [N, d]."""
+
+    @abstractmethod
+    def norm(self, x: Array, weight: Handle, heads: int = 1) -> Array:
+        """Norm over the last d of [N, heads * d]."""
+
+    @abstractmethod
+    def linear(self, x: Array, weight: Handle, residual: Array | None = None) -> Array:
+        """x W^T + bias (+ residual): [N, in] -> [N, out]."""
+
+    @abstractmethod
+    def split(self, x: Array, widths: Sequence[int]) -> list[Array]:
+        """Parts of the last axis."""
+
+    @abstractmethod
+    def rope(self, x: Array, heads: int, positions: Array, rope: Handle) -> Array:
+        """Rotates each of the heads in [N, heads * dh] by its token's position."""
+
+    @abstractmethod
+    def append(self, cache: KVCache, layer: int, k: Array, v: Array, step: Step) -> None:
+        """Writes keys and values [N, Hkv * dh] of a step to their slots and positions."""
+
+    @abstractmethod
+    def attention(
+        self, q: Array, cache: KVCache, layer: int, step: Step, scale: float, window: int, softcap: float
+    ) -> Array:
+        """Causal attention of each token over the keys of its slot up to its position.
+
+        Args:
+            q: [N, H * dh].
+            window: keys seen, counting the token's own; 0 for all.
+            softcap: c * tanh(score / c) before the softmax; 0 for none.
+
+        Returns:
+            [N, H * dh].
+        """
+
+    @abstractmethod
+    def activation(self, x: Array, kind: str, gated: bool) -> Array:
+        """act(x) of [N, D]; gated: act(x[:, :D]) * x[:, D:] of [N, 2 D]."""
+
+    @abstractmethod
+    def add(self, a: Array, b: Array) -> Array:
+        """a + b, both [N, d]."""
+
+    @abstractmethod
+    def take(self, x: Array, rows: Array) -> Array:
+        """Rows [M] of [N, d]."""
+
+    @abstractmethod
+    def softcap(self, x: Array, cap: float) -> Array:
+        """cap * tanh(x / cap)."""

@@ -1,0 +1,131 @@
+"""Recording what the decoder asks for, as a flat program of kernels, and replaying it.
+
+The decoder runs once per shape over the CPU table, which only records; after that a step is one call: new tokens and
+positions are copied in, and the threads walk through the program. Recording happens in the order of execution, so memory
+whose Python owner is gone by then can be given to later operations of the same program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_kernels.compile import Kernel
+from cpu_kernels.threads import ThreadPool
+from ondevice.ops.base import Step
+
+SLICE = 8
+"""Operations between two looks at Python's signals while a prompt is read."""
+
+
+def aligned(nbytes: int) -> NDArray[np.uint8]:
+    """Uninitialised bytes that start on a cache line, with a line to spare behind them."""
+    raw = np.empty(nbytes + 128, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes + 64]
+
+
+class _Memory:
+    """Blocks that operations of one program may use one after the other."""
+
+    def __init__(self) -> None:
+        self.blocks: list[NDArray[np.uint8]] = []
+        self.free: dict[int, list[NDArray[np.uint8]]] = {}
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        size = 1 << max(nbytes - 1, 1023).bit_length()
+        waiting = self.free.setdefault(size, [])
+        if waiting:
+            return waiting.pop()
+        block = aligned(size)
+        self.blocks.append(block)
+        return block
+
+
+class Block:
+    """Memory that returns to its program's stock when nothing refers to it any more."""
+
+    __slots__ = ("_memory", "address", "array")
+
+    def __init__(self, memory: _Memory, nbytes: int) -> None:
+        self._memory = memory
+        self.array = memory.take(nbytes)
+        self.address: int = self.array.ctypes.data
+
+    def __del__(self) -> None:
+        self._memory.free[1 << (len(self.array) - 65).bit_length()].append(self.array)
+
+
+class Program:
+    """Kernels with their arguments, in order.
+
+    Args:
+        step: shapes and first values of the inputs, which are copied to arrays of the program's own.
+    """
+
+    def __init__(self, step: Step | None = None) -> None:
+        self._records: list[tuple[int, int]] = []
+        self._arguments: list[int] = []
+        self._starts: list[int] = []
+        self._alive: list[Any] = []
+        self._by_chunks: list[int] = []
+        self.memory = _Memory()
+        if step is not None:
+            self.step = Step(*(np.array(a, np.int32) for a in (step.tokens, step.positions, step.slots, step.outputs)))
+            self.chunks = np.ones(1, np.int32)
+        self.result: NDArray[np.float32] = np.empty((0, 0), np.float32)
+
+    def add(self, kernel: Kernel, tiles: int, arguments: Sequence[Any], by_chunks: bool = False) -> None:
+        """Appends an operation.
+
+        Args:
+            kernel: what runs on each tile.
+            tiles: pieces of work; with by_chunks, times the number of attention chunks at run time.
+            arguments: integers, floats, and arrays, which are passed by address and kept alive.
+        """
+        if by_chunks:
+            self._by_chunks.append(len(self._records))
+        self._records.append((kernel.address, tiles))
+        self._starts.append(len(self._arguments))
+        for value in arguments:
+            if isinstance(value, np.ndarray):
+                self._alive.append(value)
+                self._arguments.append(value.ctypes.data)
+            elif isinstance(value, float):
+                self._arguments.append(int(np.float64(value).view(np.int64)))
+            else:
+                self._arguments.append(int(value))
+
+    def keep(self, owner: object) -> None:
+        """Holds something until the program is gone."""
+        self._alive.append(owner)
+
+    def seal(self) -> None:
+        """Turns what was recorded into the arrays that the threads read."""
+        self._words = np.array(self._arguments or [0], np.int64)
+        starts = self._words.ctypes.data + 8 * np.array(self._starts, np.int64)
+        self._table = np.empty((len(self._records), 3), np.int64)
+        if self._records:
+            self._table[:, [0, 2]] = self._records
+            self._table[:, 1] = starts
+        self._base_tiles = self._table[self._by_chunks, 2].copy()
+
+    def load(self, step: Step, chunk: int) -> None:
+        """Puts in the values of a step of the recorded shape. chunk: positions of one attention chunk."""
+        for mine, new in zip(
+            (self.step.tokens, self.step.positions, self.step.slots, self.step.outputs),
+            (step.tokens, step.positions, step.slots, step.outputs),
+        ):
+            mine[:] = new
+        chunks = int(step.positions.max()) // chunk + 1
+        self.chunks[0] = chunks
+        self._table[self._by_chunks, 2] = self._base_tiles * chunks
+
+    def run(self, pool: ThreadPool, at_once: bool = True) -> None:
+        """Runs all operations; not at_once returns to Python now and then, so that Ctrl+C is heard."""
+        n = len(self._table)
+        for first in range(0, n, n if at_once else SLICE):
+            pool.run(self._table, first, n if at_once else min(SLICE, n - first))

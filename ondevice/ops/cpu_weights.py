@@ -1,0 +1,134 @@
+"""Weights as the CPU kernels want them: tiles of 16 rows, made once at load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_kernels import linear, pack
+from cpu_kernels.threads import ThreadPool
+from ondevice.checkpoint.quantization import Quantized, Tensor, dequantize
+from ondevice.ops.cpu_program import Program, aligned
+
+FLOAT_KINDS = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", np.dtype(ml_dtypes.bfloat16): "bf16"}
+FLOAT_CODES = {"f32": 0, "f16": 1, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How the tiles of a matrix are written.
+
+    Args:
+        inputs: width of a row.
+        bits: 4 or 8; 0 for floats.
+        group_size: inputs with a common scale.
+        kind: of the scales, or of the floats: "f32", "f16" or "bf16".
+        symmetric: no biases, codes relative to the middle of their range.
+    """
+
+    inputs: int
+    bits: int = 0
+    group_size: int = 0
+    kind: str = "f32"
+    symmetric: bool = False
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of 16 rows."""
+        size = 4 if self.kind == "f32" else 2
+        if not self.bits:
+            return 16 * self.inputs * size
+        return linear.tile_bytes(self.inputs, self.bits, self.group_size, size, self.symmetric)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows of one format, and their biases.
+
+    Args:
+        format: of every tile.
+        rows: without the padding to whole tiles.
+        data: bytes of all tiles.
+        bias: float32 [padded rows] or None.
+        planes: planes of int8 activations to use, 1 or 2.
+    """
+
+    format: Format
+    rows: int
+    data: NDArray[np.uint8]
+    bias: NDArray[np.float32] | None = None
+    planes: int = 1
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of 16 rows."""
+        return -(-self.rows // 16)
+
+
+def format_of(tensor: Tensor) -> Format:
+    """The tile format that holds a tensor exactly."""
+    if not isinstance(tensor, Quantized):
+        return Format(tensor.shape[1], kind=FLOAT_KINDS.get(tensor.dtype, "f32"))
+    middle = -float(2 ** (tensor.bits - 1))
+    exact = tensor.scales.astype(np.float32) * middle
+    symmetric = bool(np.array_equal(exact, tensor.biases.astype(np.float32)))
+    half = tensor.scales.dtype == tensor.biases.dtype == np.float16
+    kind = "f16" if half else "f32"
+    return Format(tensor.shape[1], tensor.bits, tensor.group_size, kind, symmetric)
+
+
+def pack_rows(
+    pool: ThreadPool, tensors: Sequence[Tensor], biases: Sequence[Tensor | None], planes: int
+) -> list[Tiles]:
+    """Joins linears along their outputs into as few runs of tiles as their formats allow.
+
+    A run ends where the format changes or where rows do not fill their last tile.
+    """
+    runs: list[tuple[Format, list[int]]] = []
+    for i, tensor in enumerate(tensors):
+        form = format_of(tensor)
+        if runs and runs[-1][0] == form and tensors[i - 1].shape[0] % 16 == 0:
+            runs[-1][1].append(i)
+        else:
+            runs.append((form, [i]))
+    return [_pack_run(pool, f, [tensors[i] for i in run], [biases[i] for i in run], planes) for f, run in runs]
+
+
+def _pack_run(
+    pool: ThreadPool, form: Format, tensors: list[Tensor], biases: list[Tensor | None], planes: int
+) -> Tiles:
+    rows = sum(t.shape[0] for t in tensors)
+    data = aligned(-(-rows // 16) * form.tile_bytes)
+    start = 0
+    for tensor in tensors:
+        _pack_tensor(pool, form, tensor, data.ctypes.data + start // 16 * form.tile_bytes)
+        start += tensor.shape[0]
+    bias = None
+    if any(b is not None for b in biases):
+        bias = np.zeros(-(-rows // 16) * 16, np.float32)
+        parts = [np.zeros(t.shape[0], np.float32) if b is None else dequantize(b) for t, b in zip(tensors, biases)]
+        bias[:rows] = np.concatenate(parts)
+    return Tiles(form, rows, data, bias, planes)
+
+
+def _pack_tensor(pool: ThreadPool, form: Format, tensor: Tensor, address: int) -> None:
+    program = Program()
+    rows, inputs = tensor.shape
+    tiles = -(-rows // 16)
+    if isinstance(tensor, Quantized):
+        scale_type: Any = np.float16 if form.kind == "f16" else np.float32
+        arrays = [np.ascontiguousarray(tensor.packed)]
+        arrays += [np.ascontiguousarray(a.astype(scale_type)) for a in (tensor.scales, tensor.biases)]
+        settings = (rows, inputs, form.bits, form.group_size, form.kind == "f32", form.symmetric)
+        program.add(pack.pack_quantized, tiles, (address, form.tile_bytes, *arrays, *settings))
+    else:
+        known = tensor.dtype in FLOAT_KINDS
+        floats = np.ascontiguousarray(tensor if known else tensor.astype(np.float32))
+        program.add(pack.pack_floats, tiles, (address, floats, rows, inputs, floats.dtype.itemsize))
+    program.seal()
+    program.run(pool)

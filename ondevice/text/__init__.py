@@ -1,0 +1,1 @@
+"""Text in and out: tokenizers, chat templates, the incremental detokenizer and stop strings."""
