@@ -7,6 +7,7 @@ their own unrolled IR.
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 from llvmlite import ir
@@ -60,12 +61,22 @@ def op(signature):
     return wrap
 
 
+@functools.cache
+def features() -> frozenset[str]:
+    """Names of the CPU features that Numba compiles for: not what the machine has, if NUMBA_CPU_* says otherwise."""
+    codegen = cpu_target.target_context.codegen()
+    named = {f[1:] for f in codegen._tm_features.split(",") if f.startswith("+")}
+    if codegen._llvm_module.triple.startswith(("aarch64", "arm64")):
+        # Part of every 64-bit Arm, and therefore not listed.
+        named |= {"fma", "f16c"}
+    return frozenset(named)
+
+
 def instruction_set() -> str:
     """The dot-product instructions that Numba compiles for: "vnni512", "avx2" or "generic"."""
-    features = cpu_target.target_context.codegen()._tm_features.split(",")
-    if "+avx512vnni" in features and "+avx512f" in features:
+    if {"avx512vnni", "avx512f"} <= features():
         return "vnni512"
-    return "avx2" if "+avx2" in features else "generic"
+    return "avx2" if "avx2" in features() else "generic"
 
 
 # Builder helpers
@@ -98,6 +109,39 @@ def offset(b, address, n):
     return b.add(address, I64(n))
 
 
+def _widen(b, raw):
+    """float32 of 16 float16 bit patterns [i16]."""
+    if "f16c" in features():
+        return b.fpext(b.bitcast(raw, ir.VectorType(HALF, LANES)), F.llvm)
+    bits = b.zext(raw, I.llvm)
+    sign = b.shl(b.and_(bits, ints(0x8000)), ints(16))
+    size = b.and_(bits, ints(0x7FFF))
+    # As a float32 exponent the float16 one is 112 too low, for subnormals too.
+    value = b.bitcast(b.fmul(b.bitcast(b.shl(size, ints(13)), F.llvm), floats(2.0**112)), I.llvm)
+    special = b.icmp_unsigned(">=", size, ints(0x7C00))
+    value = b.select(special, b.or_(value, ints(0x7F800000)), value)
+    return b.bitcast(b.or_(value, sign), F.llvm)
+
+
+def _narrow(b, v):
+    """Bit patterns [i16] of 16 float32 rounded to float16, ties to even."""
+    kind = ir.VectorType(I16, LANES)
+    if "f16c" in features():
+        return b.bitcast(b.fptrunc(v, ir.VectorType(HALF, LANES)), kind)
+    bits = b.bitcast(v, I.llvm)
+    sign = b.and_(b.lshr(bits, ints(16)), ints(0x8000))
+    size = b.and_(bits, ints(0x7FFFFFFF))
+    odd = b.and_(b.lshr(size, ints(13)), ints(1))
+    normal = b.lshr(b.add(b.sub(size, ints((112 << 23) - 0xFFF)), odd), ints(13))
+    # Adding 0.5 shifts a value below 2**-14 so that the hardware rounds it to float16's last place.
+    shifted = b.bitcast(b.fadd(b.bitcast(size, F.llvm), floats(0.5)), I.llvm)
+    tiny = b.sub(shifted, ints(0x3F000000))
+    result = b.select(b.icmp_unsigned("<", size, ints(113 << 23)), tiny, normal)
+    result = b.select(b.icmp_unsigned(">=", size, ints(0x477FF000)), ints(0x7C00), result)
+    result = b.select(b.icmp_unsigned(">", size, ints(0x7F800000)), ints(0x7E00), result)
+    return b.trunc(b.or_(result, sign), kind)
+
+
 # Memory
 
 
@@ -123,7 +167,8 @@ def u8_at(b, a):
 
 @op(S(A))
 def f16_at(b, a):
-    return b.fpext(b.load(pointer(b, a, HALF), align=2), SINGLE)
+    raw = b.load(pointer(b, a, I16), align=2)
+    return b.extract_element(_widen(b, splat(b, raw)), I32(0))
 
 
 @op(S(A))
@@ -138,7 +183,7 @@ def set_f32(b, a, x):
 
 @op(VOID(A, S))
 def set_f16(b, a, x):
-    b.store(b.fptrunc(x, HALF), pointer(b, a, HALF), align=2)
+    b.store(b.extract_element(_narrow(b, splat(b, x)), I32(0)), pointer(b, a, I16), align=2)
 
 
 @op(VOID(A, A))
@@ -168,13 +213,12 @@ def store_f32(b, a, v):
 
 @op(F(A))
 def load_f16(b, a):
-    return b.fpext(b.load(pointer(b, a, ir.VectorType(HALF, LANES)), align=2), F.llvm)
+    return _widen(b, b.load(pointer(b, a, ir.VectorType(I16, LANES)), align=2))
 
 
 @op(VOID(A, F))
 def store_f16(b, a, v):
-    half = ir.VectorType(HALF, LANES)
-    b.store(b.fptrunc(v, half), pointer(b, a, half), align=2)
+    b.store(_narrow(b, v), pointer(b, a, ir.VectorType(I16, LANES)), align=2)
 
 
 @op(F(A))
@@ -233,7 +277,10 @@ def splat_f32(b, x):
 
 @op(F(F, F, F))
 def fma(b, x, y, z):
-    return call(b, "llvm.fma.v16f32", F.llvm, [x, y, z])
+    """x * y + z, in one rounding where the CPU can."""
+    if "fma" in features():
+        return call(b, "llvm.fma.v16f32", F.llvm, [x, y, z])
+    return b.fadd(b.fmul(x, y), z)
 
 
 @op(F(F, F))
@@ -409,8 +456,7 @@ def atomic_store(b, a, x):
 @op(VOID())
 def pause(b):
     """Tells the core that this is a spin loop."""
-    features = cpu_target.target_context.codegen()._tm_features
-    if "sse2" in features:
+    if "sse2" in features():
         call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
     else:
         b.fence("seq_cst")

@@ -7,7 +7,9 @@ put aside delays others only by the one tile that it holds. Threads that wait sp
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -165,33 +167,41 @@ def _compiled(name: str):
 
 
 class ThreadPool:
-    """Runs programs on a fixed number of threads, the calling one included.
+    """Runs programs on a fixed number of threads, the calling one included. Use `shared_pool`.
 
     Args:
         threads: at least 1.
-        max_ops: operations of the longest program.
+        max_ops: operations that may run in one call.
     """
 
-    def __init__(self, threads: int, max_ops: int = 1 << 16) -> None:
+    def __init__(self, threads: int, max_ops: int = 1 << 14) -> None:
         self.threads = threads
         self.max_ops = max_ops
-        self._lock = threading.Lock()
         self._start()
         os.register_at_fork(after_in_child=self._start)
+        atexit.register(self._close)
 
     def _start(self) -> None:
-        """Fresh shared words and workers; a forked child has none of its parent's threads."""
+        """Fresh shared words and workers: a forked child has none of its parent's threads."""
         self._lock = threading.Lock()
         self._memory = np.zeros(WORDS + 8 + self.max_ops * LINE // 8, np.int64)
         start = self._memory.ctypes.data
         self._pool = start + (-start) % 64
-        counters = self._pool + WORDS * 8
-        ctypes.c_int64.from_address(self._pool + COUNTERS).value = counters
-        run, worker = _compiled("run"), _compiled("worker")
-        self._run = run
-        for thread in range(1, self.threads):
-            name = f"ondevice-{thread}"
-            threading.Thread(target=worker, args=(self._pool, thread), name=name, daemon=True).start()
+        ctypes.c_int64.from_address(self._pool + COUNTERS).value = self._pool + WORDS * 8
+        self._run, worker = _compiled("run"), _compiled("worker")
+        self._workers = [
+            threading.Thread(target=worker, args=(self._pool, i), name=f"ondevice-{i}", daemon=True)
+            for i in range(1, self.threads)
+        ]
+        for thread in self._workers:
+            thread.start()
+
+    def _close(self) -> None:
+        """Ends the workers before the interpreter frees what they look at."""
+        with self._lock:
+            _compiled("stop")(self._pool)
+            for thread in self._workers:
+                thread.join()
 
     def run(self, program: np.ndarray, first: int = 0, count: int | None = None) -> None:
         """Runs operations of a program, in order, all tiles of one before the next.
@@ -206,3 +216,9 @@ class ThreadPool:
         if count:
             with self._lock:
                 self._run(self._pool, program.ctypes.data, first, count)
+
+
+@functools.cache
+def shared_pool(threads: int) -> ThreadPool:
+    """The process's pool of so many threads: models share it, and it outlives them."""
+    return ThreadPool(threads)

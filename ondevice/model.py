@@ -1,0 +1,234 @@
+"""The Python API: `load` a model, then `generate`, `stream` or hold a `session`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+from ondevice.checkpoint import open_checkpoint, store
+from ondevice.decoder import Decoder
+from ondevice.errors import ModelNotFoundError, OptionError
+from ondevice.generation.batch import Piece, Row, Stats, generate
+from ondevice.generation.sampling import SamplingParams, TokenLogprob
+from ondevice.generation.session import Session
+from ondevice.ops.base import Ops
+
+Progress = Callable[[int, int, str], None]
+Messages = Sequence[Mapping[str, Any]]
+BACKENDS = ("auto", "cpu", "reference")
+DEFAULT_CONTEXT = 8192
+"""Tokens of a session where the model could hold more: its cache would cost memory that few conversations need."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said to one prompt.
+
+    Args:
+        text: the answer, without a stop string.
+        tokens: its ids, with the end token where it gave one.
+        finish_reason: "stop" or "length".
+        stop: the stop string that ended it, if one did.
+        stats: counts and times.
+        logprobs: per token, where asked for.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    stop: str | None
+    stats: Stats
+    logprobs: list[TokenLogprob] | None = None
+
+
+def load(
+    name: str | Path,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Loads a model.
+
+    Args:
+        name: an alias such as "smollm2" (fetched once if need be), a model in the store, or a path to a GGUF file or to
+            a folder of safetensors.
+        backend: "auto", "cpu", or "reference" (float64, slow: the judge of the others).
+        threads: of the CPU backend; by default one per core that this process may use.
+        progress: called with (done, of how many, what) while files are fetched, packed and compiled.
+
+    Raises:
+        OndeviceError: no such model, a damaged file, or an architecture that is not supported.
+    """
+    table = _table(backend, threads)
+    path = find(str(name), progress)
+    with open_checkpoint(path) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+        decoder = Decoder(checkpoint, table, progress)
+    table.prepare(decoder.spec, progress)
+    return Model(str(name), path, decoder, tokenizer)
+
+
+def find(name: str, progress: Progress | None = None) -> Path:
+    """Path of a model; an alias that is not in the store yet is fetched, since its size and origin are known."""
+    try:
+        return store.resolve(name)
+    except ModelNotFoundError:
+        if name != store.DEFAULT:
+            raise
+        return store.pull(name, progress)
+
+
+def _table(backend: str, threads: int | None) -> Ops:
+    """The op table of a backend: the one place where a platform is chosen."""
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads is {threads}; it must be at least 1")
+    if backend in ("auto", "cpu"):
+        from ondevice.ops.cpu import CpuOps
+
+        return CpuOps(threads)
+    if backend == "reference":
+        from ondevice.ops.reference import ReferenceOps
+
+        return ReferenceOps()
+    raise OptionError(f"backend {backend!r} is not available; choose one of {', '.join(BACKENDS)}")
+
+
+class Model:
+    """A loaded model. Made by `load`.
+
+    Attributes:
+        name: as it was asked for.
+        path: its file or folder.
+        spec: sizes and features.
+        tokenizer: text to ids and back.
+        decoder: ids to logits.
+    """
+
+    def __init__(self, name: str, path: Path, decoder: Decoder, tokenizer: Any) -> None:
+        self.name, self.path, self.decoder, self.tokenizer = name, path, decoder, tokenizer
+        self.spec = decoder.spec
+
+    def encode(self, prompt: str | Messages, *, raw: bool = False, system: str | None = None) -> list[int]:
+        """Ids of a prompt.
+
+        Args:
+            prompt: text, or chat messages with "role" and "content". Text becomes a user's message where the model has a
+                chat template.
+            raw: take text as it is, without a template.
+            system: a system message put before.
+        """
+        if isinstance(prompt, str):
+            if raw or self.tokenizer.chat_template is None:
+                if system is not None:
+                    raise OptionError("a system message needs a chat template, which this prompt does not go through")
+                return self.tokenizer.encode(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        elif raw:
+            raise OptionError("raw takes text; messages need the chat template")
+        head = [] if system is None else [{"role": "system", "content": system}]
+        return self.tokenizer.encode_chat([*head, *prompt])
+
+    @overload
+    def generate(
+        self, prompt: str, *, raw: bool = ..., system: str | None = ..., context: int | None = ..., **sampling: Any
+    ) -> Answer: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Any],
+        *,
+        raw: bool = ...,
+        system: str | None = ...,
+        context: int | None = ...,
+        **sampling: Any,
+    ) -> Answer | list[Answer]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[Any],
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        context: int | None = None,
+        **sampling: Any,
+    ) -> Answer | list[Answer]:
+        """Answers one prompt, or several as one batch.
+
+        Args:
+            prompt: text, a list of chat messages, or a list of prompts.
+            raw, system: see `encode`.
+            context: tokens per sequence, prompt and answer together; by default what the model allows.
+            sampling: fields of SamplingParams.
+
+        Returns:
+            An Answer; for a list of prompts, a list of them. A row of a batch equals its single run.
+
+        Raises:
+            OptionError: an unknown or impossible option.
+            ContextLengthError: a prompt does not fit.
+        """
+        one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping))
+        prompts: list[Any] = [prompt] if one else list(prompt)
+        rows = self._rows(prompts, raw, system, _params(sampling))
+        pieces: list[list[Piece]] = [[] for _ in rows]
+        for piece in self._run(rows, context):
+            pieces[piece.row].append(piece)
+        answers = [_answer(row, got) for row, got in zip(rows, pieces)]
+        return answers[0] if one else answers
+
+    def stream(
+        self,
+        prompt: str | Messages,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        context: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Answers one prompt piece by piece; the arguments are those of `generate`."""
+        rows = self._rows([prompt], raw, system, _params(sampling))
+        return self._run(rows, context)
+
+    def session(self, context: int | None = None) -> Session:
+        """A conversation that keeps its keys and values.
+
+        Args:
+            context: tokens that it may hold; by default the model's context, at most 8192.
+        """
+        return Session(self.decoder, self.tokenizer, context or min(self.spec.context_length, DEFAULT_CONTEXT))
+
+    def _rows(self, prompts: list[Any], raw: bool, system: str | None, params: SamplingParams) -> list[Row]:
+        rows = []
+        for i, prompt in enumerate(prompts):
+            ids = self.encode(prompt, raw=raw, system=system)
+            if not ids:
+                raise OptionError("an empty prompt has nothing to go on from")
+            rows.append(Row(i, ids, params, self.tokenizer, self.spec.vocab_size, slot=i))
+        return rows
+
+    def _run(self, rows: list[Row], context: int | None) -> Iterator[Piece]:
+        if not rows:
+            return iter(())
+        longest = max(len(row.prompt) + row.params.max_tokens for row in rows)
+        capacity = min(longest, context or self.spec.context_length, self.spec.context_length)
+        return generate(self.decoder, rows, self.decoder.new_cache(len(rows), capacity))
+
+
+def _params(sampling: dict[str, Any]) -> SamplingParams:
+    known = set(SamplingParams.__dataclass_fields__)
+    unknown = sorted(set(sampling) - known)
+    if unknown:
+        raise OptionError(f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return replace(SamplingParams(), **sampling)
+
+
+def _answer(row: Row, pieces: list[Piece]) -> Answer:
+    logprobs = [p.logprob for p in pieces if p.logprob is not None]
+    text = "".join(p.text for p in pieces)
+    asked = row.params.logprobs is not None
+    reason = row.finish_reason or "length"
+    return Answer(text, row.tokens, reason, row.stop, row.stats, logprobs if asked else None)
