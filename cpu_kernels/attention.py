@@ -12,7 +12,6 @@ import functools
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -37,7 +36,6 @@ from cpu_kernels.simd import (
     set_f32,
     splat_f32,
     store_f32,
-    sub,
     total,
     zeros,
 )
@@ -94,8 +92,7 @@ def _weighted_values(heads, vectors):
         def codegen(ctx, b, signature, args):
             out, out_stride, weights, weight_stride, values, value_stride, n = args
             place = [
-                [offset(b, b.add(out, b.mul(out_stride, I64(h))), 64 * i) for i in range(vectors)]
-                for h in range(heads)
+                [offset(b, b.add(out, b.mul(out_stride, I64(h))), 64 * i) for i in range(vectors)] for h in range(heads)
             ]
             sums = [_registers(b, vectors) for _ in range(heads)]
             for h in range(heads):
@@ -248,7 +245,20 @@ def attention_tokens(group: int, head_dim: int) -> Kernel:
         while start <= position:
             end = min(start // CHUNK * CHUNK + CHUNK, position + 1)
             target = running if fresh else part
-            chunk(target, queries, work, pages, keys, values, page_bytes, heads, kv_head, start, end, F32(softcap))
+            chunk(
+                target,
+                queries,
+                work,
+                pages,
+                keys,
+                values,
+                page_bytes,
+                heads,
+                kv_head,
+                start,
+                end,
+                F32(softcap),
+            )
             if not fresh:
                 for h in range(group):
                     _merge(running + h * result, part + h * result, padded)

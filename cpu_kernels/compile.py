@@ -20,6 +20,8 @@ import platformdirs
 from llvmlite import ir
 from numba import types
 from numba.core import config
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
@@ -82,6 +84,28 @@ def our_cache():
         config.CACHE_DIR = before
 
 
+class _LabelledCache(FunctionCache):
+    """A kernel's cache entry, found by its label.
+
+    Numba would look at the values that the function encloses, and those of a kernel made for one shape are functions
+    that pickle differently in every process. The folder stands for the sources, and labels tell shapes apart.
+    """
+
+    def __init__(self, function: Callable, label: str) -> None:
+        self._label = label
+        super().__init__(function)
+
+    def _index_key(self, sig, codegen):
+        return sig, codegen.magic_tuple(), self._label
+
+
+def _compile(function: Callable, label: str) -> CFunc:
+    made = CFunc(function, (SIGNATURE.args, SIGNATURE.return_type), locals={}, options={"error_model": "numpy"})
+    made._cache = _LabelledCache(function, label)
+    made.compile()
+    return made
+
+
 _compiling = threading.Lock()
 
 
@@ -90,7 +114,7 @@ class Kernel:
 
     Args:
         function: the Numba source.
-        label: what it is called in progress and profiles.
+        label: what it is called in progress and profiles; unlike any other kernel's.
     """
 
     def __init__(self, function: Callable, label: str) -> None:
@@ -108,7 +132,7 @@ class Kernel:
         if self._compiled is None:
             with _compiling, our_cache():
                 if self._compiled is None:
-                    self._compiled = numba.cfunc(SIGNATURE, cache=True, error_model="numpy")(self.function)
+                    self._compiled = _compile(self.function, self.label)
         return self._compiled.address
 
 

@@ -47,7 +47,10 @@ def rope(arguments, tile, thread):
     cos = table + i32_at(positions + 4 * tile) * half * 8
     sin = cos + half * 4
     for head in range(heads):
-        source, target = x + tile * stride + head * head_dim * 4, out + tile * out_stride + head * head_dim * 4
+        source, target = (
+            x + tile * stride + head * head_dim * 4,
+            out + tile * out_stride + head * head_dim * 4,
+        )
         _rotate(target, source, cos, sin, half)
         for i in range(2 * half, head_dim):
             set_f32(target + 4 * i, f32_at(source + 4 * i))

@@ -21,10 +21,10 @@ from numba import types
 
 from cpu_kernels.compile import call_kernel, our_cache
 from cpu_kernels.simd import (
-    A,
     I32,
     I64,
     VOID,
+    A,
     atomic_add,
     atomic_load,
     atomic_store,

@@ -67,7 +67,7 @@ def load(
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.tokenizer()
         decoder = Decoder(checkpoint, table, progress)
-    table.prepare(decoder.spec, progress)
+    table.prepare(decoder.spec, progress and _compiling(progress))
     return Model(str(name), path, decoder, tokenizer)
 
 
@@ -79,6 +79,11 @@ def find(name: str, progress: Progress | None = None) -> Path:
         if name != store.DEFAULT:
             raise
         return store.pull(name, progress)
+
+
+def _compiling(progress: Progress) -> Progress:
+    """Says what the names of kernels alone would not."""
+    return lambda done, total, label: progress(done, total, label and f"compiling {label}")
 
 
 def _table(backend: str, threads: int | None) -> Ops:
@@ -133,7 +138,13 @@ class Model:
 
     @overload
     def generate(
-        self, prompt: str, *, raw: bool = ..., system: str | None = ..., context: int | None = ..., **sampling: Any
+        self,
+        prompt: str,
+        *,
+        raw: bool = ...,
+        system: str | None = ...,
+        context: int | None = ...,
+        **sampling: Any,
     ) -> Answer: ...
 
     @overload
@@ -213,6 +224,8 @@ class Model:
     def _run(self, rows: list[Row], context: int | None) -> Iterator[Piece]:
         if not rows:
             return iter(())
+        if context is not None:
+            self.spec.check_context(context, "context")
         longest = max(len(row.prompt) + row.params.max_tokens for row in rows)
         capacity = min(longest, context or self.spec.context_length, self.spec.context_length)
         return generate(self.decoder, rows, self.decoder.new_cache(len(rows), capacity))

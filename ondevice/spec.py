@@ -116,8 +116,8 @@ class ModelSpec:
         rope: rotary embedding of global layers, None for learned positions.
         local_rope: rotary embedding of sliding-window layers where it differs (Gemma 3).
         position_offset: row of the learned position table that position 0 uses (OPT: 2); None without a table.
-        windows: per layer, keys that a token sees including its own; 0 means all.
-        attention_scale: multiplies q.k.
+        windows: per layer, keys that a token sees including its own; 0 means all, which is the default.
+        attention_scale: multiplies q.k; by default 1 / sqrt(head_dim).
         attention_softcap, logit_softcap: c * tanh(x / c) on scores and on logits; 0 switches off.
         embedding_scale: multiplies the token embedding.
         tied_head: the vocabulary head is the embedding table.
@@ -151,6 +151,14 @@ class ModelSpec:
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
     tied_head: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.windows:
+            object.__setattr__(self, "windows", (0,) * self.n_layers)
+        if len(self.windows) != self.n_layers:
+            raise ValueError(f"{len(self.windows)} attention windows for {self.n_layers} layers")
+        if not self.attention_scale:
+            object.__setattr__(self, "attention_scale", self.head_dim**-0.5)
 
     @property
     def group(self) -> int:

@@ -114,8 +114,6 @@ def check_spec(spec: ModelSpec, path: Path) -> ModelSpec:
         raise CheckpointError(path, f"{spec.n_heads} heads are no multiple of {spec.n_kv_heads} KV heads")
     for rope in (spec.rope, spec.local_rope):
         _check_rope(rope, spec.head_dim, path)
-    if spec.windows and len(spec.windows) != spec.n_layers:
-        raise CheckpointError(path, f"{len(spec.windows)} window sizes for {spec.n_layers} layers")
     parameters = sum(math.prod(shape) for shape in spec.tensors().values())
     if parameters > MAX_PARAMETERS:
         raise CheckpointError(path, f"the sizes ask for {parameters} parameters, beyond {MAX_PARAMETERS}")
@@ -126,9 +124,7 @@ def _check_rope(rope: RopeSpec | None, head_dim: int, path: Path) -> None:
     if rope is None:
         return
     if rope.dim % 2 or not 0 < rope.dim <= head_dim:
-        raise CheckpointError(
-            path, f"{rope.dim} rotated dimensions do not fit heads of {head_dim}; even, at most that"
-        )
+        raise CheckpointError(path, f"{rope.dim} rotated dimensions do not fit heads of {head_dim}; even, at most that")
     if rope.scaling in ("llama3", "yarn", "longrope") and not rope.original_context:
         raise CheckpointError(path, f"rope scaling {rope.scaling} needs the original context length")
     if rope.scaling == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:

@@ -41,9 +41,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
     n_heads = _uniform(fields, "attention.head_count", n_layers, MAX_HEADS)
     head_dim = fields.integer("attention.key_length", d_model // n_heads)
     if fields.integer("attention.value_length", head_dim) != head_dim:
-        raise fields.unsupported(
-            "attention.value_length", "keys and values of different length are not supported"
-        )
+        raise fields.unsupported("attention.value_length", "keys and values of different length are not supported")
     context = fields.integer("context_length", high=MAX_CONTEXT)
     window = fields.integer("attention.sliding_window", 0, low=0, high=MAX_CONTEXT)
     spec = ModelSpec(
@@ -63,7 +61,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
         ffn_bias="blk.0.ffn_down.bias" in file.tensors,
         rope=_rope(file, fields, head_dim, context),
         windows=(window,) * n_layers if window else (),
-        attention_scale=fields.number("attention.scale", 0.0) or head_dim**-0.5,
+        attention_scale=fields.number("attention.scale", 0.0),
         tied_head="output.weight" not in file.tensors,
     )
     return check_spec(spec, file.path)
@@ -98,9 +96,7 @@ def _vocab_size(file: GgufFile) -> int:
     """Rows of the embedding table, which the list of tokens must not exceed."""
     info = file.tensors.get("token_embd.weight")
     if info is None:
-        raise CheckpointError(
-            file.path, "the tensor is missing: this file holds no whole model", "token_embd.weight"
-        )
+        raise CheckpointError(file.path, "the tensor is missing: this file holds no whole model", "token_embd.weight")
     rows = info.shape[0]
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     if rows > MAX_VOCAB or len(tokens) > rows:
@@ -121,14 +117,10 @@ def _rope(file: GgufFile, fields: Fields, head_dim: int, context: int) -> RopeSp
     names = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
     shared, short, long = (_divisors(file, name, dim) for name in names)
     if scaling not in ("none", "linear", "yarn", "longrope"):
-        raise fields.unsupported(
-            "rope.scaling.type", f"{scaling!r} is not supported; none, linear, yarn, longrope are"
-        )
+        raise fields.unsupported("rope.scaling.type", f"{scaling!r} is not supported; none, linear, yarn, longrope are")
     if scaling == "yarn":
         if shared or short or long:
-            raise fields.unsupported(
-                "rope.scaling.type", "yarn together with frequency factors is not supported"
-            )
+            raise fields.unsupported("rope.scaling.type", "yarn together with frequency factors is not supported")
         return RopeSpec(
             dim=dim,
             theta=theta,
@@ -141,9 +133,7 @@ def _rope(file: GgufFile, fields: Fields, head_dim: int, context: int) -> RopeSp
         )
     short, long = short or shared, long or shared
     if bool(short) != bool(long):
-        raise CheckpointError(
-            file.path, "one of the pair of tensors is missing", "rope_factors_long/short.weight"
-        )
+        raise CheckpointError(file.path, "one of the pair of tensors is missing", "rope_factors_long/short.weight")
     if short:
         stretch = factor if scaling == "linear" else 1.0
         return RopeSpec(

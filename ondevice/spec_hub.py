@@ -101,9 +101,7 @@ FAMILIES: dict[str, Callable[[Fields], ModelSpec]] = {
 }
 
 
-def _common(
-    fields: Fields, kv_heads: int | None, context: int, head_dim: int | None = None
-) -> dict[str, Any]:
+def _common(fields: Fields, kv_heads: int | None, context: int, head_dim: int | None = None) -> dict[str, Any]:
     """What all families state alike.
 
     Args:
@@ -116,9 +114,7 @@ def _common(
     n_heads = fields.integer("num_attention_heads", high=MAX_HEADS)
     if fields.values.get("head_dim") is None and head_dim is None:
         if d_model % n_heads:
-            raise fields.error(
-                "hidden_size", f"{d_model} is no multiple of {n_heads} heads and head_dim is missing"
-            )
+            raise fields.error("hidden_size", f"{d_model} is no multiple of {n_heads} heads and head_dim is missing")
         head_dim = d_model // n_heads
     head_dim = fields.integer("head_dim", head_dim)
     if "num_key_value_heads" in fields.values or kv_heads is None:  # null means as many as heads
@@ -142,7 +138,6 @@ def _common(
         "norm_eps": fields.number("rms_norm_eps", 1e-6, high=1.0),
         "activation": ACTIVATIONS[activation],
         "rope": _rope(fields, head_dim, context),
-        "attention_scale": head_dim**-0.5,
         "tied_head": fields.flag("tie_word_embeddings", False),
     }
 
@@ -186,17 +181,13 @@ def _rope(fields: Fields, head_dim: int, context: int) -> RopeSpec:
     """Rotary embedding from `rope_scaling` or `rope_parameters`, where transformers 5 also keeps the base."""
     params = fields.sub("rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters")
     if any(isinstance(value, Mapping) for value in params.values.values()):
-        raise fields.unsupported(
-            "rope_parameters", "a rotary embedding for each kind of layer is not supported"
-        )
+        raise fields.unsupported("rope_parameters", "a rotary embedding for each kind of layer is not supported")
     for where in (fields, params):
         if where.number("partial_rotary_factor", 1.0) != 1.0:
             raise where.unsupported("partial_rotary_factor", "rotating a part of each head is not supported")
     kind = params.text("rope_type", params.raw("type", "default"))
     if kind not in ROPE_TYPES:
-        raise params.unsupported(
-            "rope_type", f"{kind[:60]!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-        )
+        raise params.unsupported("rope_type", f"{kind[:60]!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     theta = params.number("rope_theta", fields.number("rope_theta", 10000.0, low=1.01), low=1.01)
     base: dict[str, Any] = {"dim": head_dim, "theta": theta, "scaling": kind}
     if kind == "default":
@@ -272,7 +263,7 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "tie_word_embeddings": spec.tied_head,
         **_rope_keys(spec.rope),
     }
-    window = max(spec.windows, default=0)
+    window = max(spec.windows)
     if spec.architecture in ("llama", "qwen3"):
         config["attention_bias"] = spec.output_bias
     if spec.architecture == "llama":

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ondevice.checkpoint.names import gguf_name
 from ondevice.spec import ModelSpec, RopeSpec
 
 SIZES: dict[str, Any] = {
@@ -32,7 +33,6 @@ FEATURES: dict[str, dict[str, Any]] = {
 def tiny_spec(architecture: str = "llama", **overrides: Any) -> ModelSpec:
     """A spec of a supported architecture: 3 layers, d 64, 4 heads over 2 KV heads, d_ff 96, vocabulary 96."""
     fields: dict[str, Any] = {"architecture": architecture, **SIZES, **FEATURES[architecture], **overrides}
-    fields.setdefault("attention_scale", fields["head_dim"] ** -0.5)
     fields.setdefault("rope", RopeSpec(dim=fields["head_dim"]))
     return ModelSpec(**fields)
 
@@ -83,3 +83,76 @@ def tiny_checkpoint(
     items = ((name, w.astype(dtype) if isinstance(w, np.ndarray) else w) for name, w in tensors.items())
     write_checkpoint(folder, spec, items, **options)
     return folder
+
+
+def tiny_gguf(
+    path: Path,
+    spec: ModelSpec | None = None,
+    tensors: Mapping[str, NDArray[np.float32]] | None = None,
+    types: Mapping[str, str] | str = "F32",
+    metadata: Mapping[str, Any] | None = None,
+    extra: Mapping[str, NDArray[Any]] | None = None,
+) -> Path:
+    """Writes a GGUF file with the `gguf` package, as llama.cpp's converter lays it out.
+
+    Args:
+        path: file to write.
+        spec: tiny llama if left out; of architecture llama, mistral, qwen2 or qwen3.
+        tensors: float32 arrays by canonical name; random ones if left out.
+        types: ggml type of the matrices, or of each by canonical name (others stay F32).
+        metadata: further keys; str, int, float, bool or list of str.
+        extra: further tensors by their name in the file.
+    """
+    import gguf
+
+    spec = spec or tiny_spec()
+    tensors = tensors if tensors is not None else tiny_tensors(spec)
+    architecture = "llama" if spec.architecture == "mistral" else spec.architecture
+    writer = gguf.GGUFWriter(path, architecture)
+    _gguf_settings(writer, spec)
+    for key, value in (metadata or {}).items():
+        add = {
+            str: writer.add_string,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            bool: writer.add_bool,
+        }
+        add.get(type(value), writer.add_array)(key, value)
+    for name, w in tensors.items():
+        kind = types if isinstance(types, str) else types.get(name, "F32")
+        kind = gguf.GGMLQuantizationType[kind if w.ndim == 2 else "F32"]
+        w = _interleaved(w, name, spec) if architecture == "llama" else w
+        writer.add_tensor(gguf_name(name), gguf.quants.quantize(w, kind), raw_dtype=kind)
+    for name, w in (extra or {}).items():
+        writer.add_tensor(name, w)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _gguf_settings(writer: Any, spec: ModelSpec) -> None:
+    assert spec.rope is not None
+    writer.add_block_count(spec.n_layers)
+    writer.add_context_length(spec.context_length)
+    writer.add_embedding_length(spec.d_model)
+    writer.add_feed_forward_length(spec.d_ff)
+    writer.add_head_count(spec.n_heads)
+    writer.add_head_count_kv(spec.n_kv_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_layer_norm_rms_eps(spec.norm_eps)
+    writer.add_rope_dimension_count(spec.rope.dim)
+    writer.add_rope_freq_base(spec.rope.theta)
+    if any(spec.windows):
+        writer.add_sliding_window(spec.windows[0])
+
+
+def _interleaved(w: NDArray[Any], name: str, spec: ModelSpec) -> NDArray[Any]:
+    """Rows of q and k in the order of llama's GGUF files: the two that turn together are neighbours."""
+    module = name.split(".")[-2]
+    if module not in ("q", "k"):
+        return w
+    heads = spec.n_heads if module == "q" else spec.n_kv_heads
+    return w.reshape(heads, 2, spec.head_dim // 2, -1).swapaxes(1, 2).reshape(w.shape)

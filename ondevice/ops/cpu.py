@@ -135,9 +135,20 @@ class CpuOps(Ops):
     def prepare(self, spec: ModelSpec, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compiles every kernel that a model's steps can need, telling `progress` (done, of how many, what)."""
         shape = (spec.group, spec.head_dim)
-        kernels = [*self._kernels, rows.norm, rows.activation, rows.take, rows.quantize, rope.rope, rope.append]
+        kernels = [
+            *self._kernels,
+            rows.norm,
+            rows.activation,
+            rows.take,
+            rows.quantize,
+            rope.rope,
+            rope.append,
+        ]
         kernels += [attention.attention_tokens(*shape), attention.attention_chunks(*shape)]
-        kernels += [attention.attention_merge(*shape), pack.embed_quantized if self._quantized else pack.embed_floats]
+        kernels += [
+            attention.attention_merge(*shape),
+            pack.embed_quantized if self._quantized else pack.embed_floats,
+        ]
         compile_all(kernels, progress)
 
     # Cache and steps
@@ -146,9 +157,7 @@ class CpuOps(Ops):
         padded = -(-spec.head_dim // 16) * 16
         page_bytes = page * padded * 2
         # Zeros that the system provides when first touched: a long context costs memory only as it fills.
-        keys, values = (
-            np.zeros((spec.n_layers, pages, spec.n_kv_heads, page * padded), np.float16) for _ in range(2)
-        )
+        keys, values = (np.zeros((spec.n_layers, pages, spec.n_kv_heads, page * padded), np.float16) for _ in range(2))
         layer_bytes = pages * spec.n_kv_heads * page_bytes
         return _Pages(keys, values, layer_bytes, page_bytes, spec.n_kv_heads, spec.head_dim, spec.group)
 
@@ -211,9 +220,7 @@ class CpuOps(Ops):
             self._program.add(pack.embed_quantized, len(rows), arguments)
         else:
             kind = FLOAT_CODES[form.kind]
-            self._program.add(
-                pack.embed_floats, len(rows), (*common, rows, offset, form.inputs, kind, float(scale))
-            )
+            self._program.add(pack.embed_floats, len(rows), (*common, rows, offset, form.inputs, kind, float(scale)))
         return out
 
     def norm(self, x: Buffer, weight: _Norm, heads: int = 1) -> Buffer:
@@ -239,7 +246,14 @@ class CpuOps(Ops):
         rows_each = max(1, WORK_BYTES // form.tile_bytes)
         tokens_each = 64 if n > FEW_TOKENS else n
         work = -(-tiles.row_tiles // rows_each) * -(-n // max(tokens_each, 1))
-        place = (out.address + start * 4, out.stride_bytes, tiles.data, form.tile_bytes, tiles.row_tiles, rows_each)
+        place = (
+            out.address + start * 4,
+            out.stride_bytes,
+            tiles.data,
+            form.tile_bytes,
+            tiles.row_tiles,
+            rows_each,
+        )
         bias = 0 if tiles.bias is None else tiles.bias
         extra = (bias, residual.address + start * 4, residual.stride_bytes) if residual else (bias, 0, 0)
         if form.bits:
@@ -260,9 +274,7 @@ class CpuOps(Ops):
 
     def split(self, x: Buffer, widths: Sequence[int]) -> list[Buffer]:
         starts = np.cumsum([0, *widths[:-1]])
-        return [
-            Buffer(x.block, x.address + int(s) * 4, x.rows, width, x.stride) for s, width in zip(starts, widths)
-        ]
+        return [Buffer(x.block, x.address + int(s) * 4, x.rows, width, x.stride) for s, width in zip(starts, widths)]
 
     def rope(self, x: Buffer, heads: int, positions: Any, rope: Any) -> Buffer:
         out = self._new(x.rows, x.width)
@@ -297,7 +309,14 @@ class CpuOps(Ops):
         scratch = attention.scratch_bytes(pages.group, padded)
         source = (q.address, q.stride_bytes, *self._where(step, cache), *self._layer(pages, layer))
         settings = (window, float(scale), float(softcap))
-        common = (*source, pages.page_bytes, pages.kv_heads, self._scratch_memory(scratch), scratch, *settings)
+        common = (
+            *source,
+            pages.page_bytes,
+            pages.kv_heads,
+            self._scratch_memory(scratch),
+            scratch,
+            *settings,
+        )
         tiles = q.rows * pages.kv_heads
         if q.rows > FEW_TOKENS:
             kernel = attention.attention_tokens(*shape)

@@ -82,9 +82,7 @@ def format_of(tensor: Tensor) -> Format:
     return Format(tensor.shape[1], tensor.bits, tensor.group_size, kind, symmetric)
 
 
-def pack_rows(
-    pool: ThreadPool, tensors: Sequence[Tensor], biases: Sequence[Tensor | None], planes: int
-) -> list[Tiles]:
+def pack_rows(pool: ThreadPool, tensors: Sequence[Tensor], biases: Sequence[Tensor | None], planes: int) -> list[Tiles]:
     """Joins linears along their outputs into as few runs of tiles as their formats allow.
 
     A run ends where the format changes or where rows do not fill their last tile.
@@ -99,9 +97,7 @@ def pack_rows(
     return [_pack_run(pool, f, [tensors[i] for i in run], [biases[i] for i in run], planes) for f, run in runs]
 
 
-def _pack_run(
-    pool: ThreadPool, form: Format, tensors: list[Tensor], biases: list[Tensor | None], planes: int
-) -> Tiles:
+def _pack_run(pool: ThreadPool, form: Format, tensors: list[Tensor], biases: list[Tensor | None], planes: int) -> Tiles:
     rows = sum(t.shape[0] for t in tensors)
     data = aligned(-(-rows // 16) * form.tile_bytes)
     start = 0

@@ -44,9 +44,7 @@ class ReferenceOps(Ops):
 
     def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Any:
         joined = np.concatenate([self._float(w) for w in weights])
-        parts = [
-            np.zeros(w.shape[0], self.dtype) if b is None else self._float(b) for w, b in zip(weights, biases)
-        ]
+        parts = [np.zeros(w.shape[0], self.dtype) if b is None else self._float(b) for w, b in zip(weights, biases)]
         return joined, np.concatenate(parts)
 
     def pack_embedding(self, table: Tensor) -> Any:

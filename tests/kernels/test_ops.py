@@ -19,7 +19,7 @@ from tests.tiny import tiny_spec
 REFERENCE = ReferenceOps()
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 thread", "2 threads"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-thread", "two-threads"])
 def ops(request: pytest.FixtureRequest) -> Ops:
     return CpuOps(request.param)
 
@@ -44,14 +44,28 @@ def weight(out: int, inputs: int, kind: str) -> Any:
     q = quantize(w, int(bits), int(group), np.float32 if style == "f32" else np.float16)
     if style == "bf16":
         q = Quantized(
-            q.packed, q.scales.astype(ml_dtypes.bfloat16), q.biases.astype(ml_dtypes.bfloat16), q.bits, q.group_size
+            q.packed,
+            q.scales.astype(ml_dtypes.bfloat16),
+            q.biases.astype(ml_dtypes.bfloat16),
+            q.bits,
+            q.group_size,
         )
     if style == "symmetric":
         q = Quantized(q.packed, q.scales, q.scales * np.float16(-(2 ** (q.bits - 1))), q.bits, q.group_size)
     return q
 
 
-KINDS = ["f32", "f16", "bf16", "4/32/f16", "4/64/f32", "4/128/bf16", "4/32/symmetric", "8/32/symmetric", "8/64/f16"]
+KINDS = [
+    "f32",
+    "f16",
+    "bf16",
+    "4/32/f16",
+    "4/64/f32",
+    "4/128/bf16",
+    "4/32/symmetric",
+    "8/32/symmetric",
+    "8/64/f16",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,7 +159,7 @@ def test_norm_of_heads(ops: Ops) -> None:
     gain = rows(1, 24, 1)[0]
 
     def body(table: Ops, x: Any, step: Step) -> Any:
-        left, right = table.split(x, (48, 72))
+        _, right = table.split(x, (48, 72))
         return table.norm(right, table.pack_norm(gain, None, "rms", 1e-6, 0.0), heads=3)
 
     compare(ops, rows(7, 120), body, 3e-6)
