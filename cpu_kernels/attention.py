@@ -18,7 +18,6 @@ from numba.extending import intrinsic
 
 from cpu_kernels import simd
 from cpu_kernels.compile import Kernel, kernel, unpack
-from cpu_kernels.rope import add_scaled, scaled_query
 from cpu_kernels.rows import tanh
 from cpu_kernels.simd import (
     I64,
@@ -85,7 +84,7 @@ def _scores(heads):
 
 @functools.cache
 def _weighted_values(heads, vectors):
-    """Intrinsic: adds, for `heads` rows of weights, the weighted values of n positions over `vectors` x 16 dimensions."""
+    """Intrinsic: adds weighted values of n positions, for `heads` rows of weights, in `vectors` x 16 dimensions."""
 
     @intrinsic
     def weighted(context, out, out_stride, weights, weight_stride, values, value_stride, n):
@@ -196,8 +195,7 @@ def _merge(out, part, padded):
     peak = max(old, new)
     keep, gain = exp(splat_f32(old - peak)), exp(splat_f32(new - peak))
     for i in range(0, padded, 16):
-        store_f32(out + 4 * i, mul(load_f32(out + 4 * i), keep))
-    add_scaled(out, part, gain, padded)
+        store_f32(out + 4 * i, add(mul(load_f32(out + 4 * i), keep), mul(load_f32(part + 4 * i), gain)))
     both = add(mul(keep, splat_f32(f32_at(numbers + 4))), mul(gain, splat_f32(f32_at(more + 4))))
     set_f32(numbers, peak)
     set_f32(numbers + 4, largest(both))
@@ -209,6 +207,15 @@ def _store(out, result, padded, head_dim):
     inverse = F32(1) / f32_at(result + padded * 4 + 4)
     for i in range(head_dim):
         set_f32(out + 4 * i, f32_at(result + 4 * i) * inverse)
+
+
+@numba.njit(error_model="numpy")
+def _load_queries(out, q, group, head_dim, padded, scale):
+    """A group's queries times the score scale, padded with zeros."""
+    for h in range(group):
+        for i in range(padded):
+            x = f32_at(q + (h * head_dim + i) * 4) * scale if i < head_dim else F32(0)
+            set_f32(out + (h * padded + i) * 4, x)
 
 
 @numba.njit(error_model="numpy")
@@ -225,19 +232,15 @@ def attention_tokens(group: int, head_dim: int) -> Kernel:
 
     @kernel(f"attention {group}x{head_dim}, many tokens")
     def attention(arguments, tile, thread):
-        (out, out_stride, q, q_stride, positions, slots, block_table, per_slot, keys, values, page_bytes, heads, scratch,
-         scratch_each, window, scale, softcap) = unpack(arguments, "iiiiiiiiiiiiiiiff")  # fmt: skip
+        (out, out_stride, q, q_stride, positions, slots, block_table, per_slot, keys, values, page_bytes, heads,
+         scratch, scratch_each, window, scale, softcap) = unpack(arguments, "iiiiiiiiiiiiiiiff")  # fmt: skip
         token, kv_head = tile // heads, tile % heads
         queries = scratch + thread * scratch_each
         work = queries + group * padded * 4
         part = work + group * CHUNK * 4
         running = part + group * result
         first_head = kv_head * group * head_dim * 4
-        for h in range(group):
-            source = q + token * q_stride + first_head + h * head_dim * 4
-            scaled_query(queries + h * padded * 4, source, head_dim, F32(scale))
-            for i in range(head_dim, padded):
-                set_f32(queries + (h * padded + i) * 4, F32(0))
+        _load_queries(queries, q + token * q_stride + first_head, group, head_dim, padded, F32(scale))
         position = i32_at(positions + 4 * token)
         pages = block_table + 4 * i32_at(slots + 4 * token) * per_slot
         start = _visible(position, window)
@@ -294,11 +297,7 @@ def attention_chunks(group: int, head_dim: int) -> Kernel:
         queries = scratch + thread * scratch_each
         work = queries + group * padded * 4
         first_head = kv_head * group * head_dim * 4
-        for h in range(group):
-            source = q + token * q_stride + first_head + h * head_dim * 4
-            scaled_query(queries + h * padded * 4, source, head_dim, F32(scale))
-            for i in range(head_dim, padded):
-                set_f32(queries + (h * padded + i) * 4, F32(0))
+        _load_queries(queries, q + token * q_stride + first_head, group, head_dim, padded, F32(scale))
         pages = block_table + 4 * i32_at(slots + 4 * token) * per_slot
         out = parts + ((token * heads + kv_head) * most_chunks + index) * group * result
         chunk(out, queries, work, pages, keys, values, page_bytes, heads, kv_head, start, end, F32(softcap))

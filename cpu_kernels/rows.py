@@ -41,8 +41,8 @@ F32 = np.float32
 def quantize_row(x, q, meta, n):
     """int8 planes of n floats (n a multiple of 32), one scale per 32.
 
-    q holds n bytes of the first plane, then n of the second. Per group, 8 words of meta: scale d, d * sum, sum (int32) of
-    the first plane; then the same of both planes together, in steps of d / 256; two unused. A group of zeros gives
+    q holds n bytes of the first plane, then n of the second. Per group, 8 words of meta: scale d, d * sum, sum (int32)
+    of the first plane; then the same of both planes together, in steps of d / 256; two unused. A group of zeros gives
     zeros; NaN or infinity anywhere makes the scale NaN, so that it is not lost.
     """
     for group in range(n // 32):

@@ -1,8 +1,8 @@
 """Language models on your own machine, fast because work that a token does not need is skipped.
 
-    import ondevice
-    model = ondevice.load("smollm2")
-    print(model.generate("Why is the sky blue?", max_tokens=100).text)
+import ondevice
+model = ondevice.load("smollm2")
+print(model.generate("Why is the sky blue?", max_tokens=100).text)
 """
 
 from __future__ import annotations

@@ -135,9 +135,7 @@ class Decoder:
             x = self._ffn(layer, x)
         return x
 
-    def _attention(
-        self, i: int, layer: _Layer, x: Array, step: Step, cache: KVCache, rope: Handle | None
-    ) -> Array:
+    def _attention(self, i: int, layer: _Layer, x: Array, step: Step, cache: KVCache, rope: Handle | None) -> Array:
         ops, spec = self.ops, self.spec
         q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
         qkv = ops.linear(ops.norm(x, layer.attn_norm), layer.qkv)
@@ -191,9 +189,7 @@ class Decoder:
 class _Packer:
     """Hands a checkpoint's tensors to the op table, part by part."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, ops: Ops, progress: Callable[[int, int, str], None] | None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, ops: Ops, progress: Callable[[int, int, str], None] | None) -> None:
         self.checkpoint, self.ops, self.spec, self.progress = checkpoint, ops, checkpoint.spec, progress
         self.names = self.spec.tensors()
         self.done = 0

@@ -120,8 +120,8 @@ class Model:
         """Ids of a prompt.
 
         Args:
-            prompt: text, or chat messages with "role" and "content". Text becomes a user's message where the model has a
-                chat template.
+            prompt: text, or chat messages with "role" and "content". Text becomes a user's message where the model has
+                a chat template.
             raw: take text as it is, without a template.
             system: a system message put before.
         """

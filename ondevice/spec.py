@@ -14,9 +14,6 @@ from numpy.typing import NDArray
 
 from ondevice.errors import ContextLengthError
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type` of a config.json, and `general.architecture` of a GGUF file (where Mistral calls itself llama)."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:

@@ -116,9 +116,7 @@ class Checkpoint(ABC):
         self.close()
 
 
-def check_tensors(
-    path: Path, spec: ModelSpec, found: dict[str, tuple[int, ...]], stored_as: dict[str, str]
-) -> None:
+def check_tensors(path: Path, spec: ModelSpec, found: dict[str, tuple[int, ...]], stored_as: dict[str, str]) -> None:
     """Compares the tensors of a checkpoint with those that its spec asks for.
 
     Args:
@@ -133,9 +131,7 @@ def check_tensors(
     for name, shape in spec.tensors().items():
         key = stored_as[name]
         if key not in found:
-            raise CheckpointError(
-                path, f"the tensor is missing (shape {shape}); download the model again", key
-            )
+            raise CheckpointError(path, f"the tensor is missing (shape {shape}); download the model again", key)
         if found[key] != shape:
             raise CheckpointError(path, f"has the shape {found[key]}, the settings ask for {shape}", key)
     extra = sorted(found.keys() - set(stored_as.values()))

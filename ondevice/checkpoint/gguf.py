@@ -141,9 +141,7 @@ class _Reader:
         self.at = 4
         version = self.u32("the version")
         if version & 0xFFFF == 0:
-            raise UnsupportedModelError(
-                self.path, "big-endian GGUF is not supported; use the little-endian file"
-            )
+            raise UnsupportedModelError(self.path, "big-endian GGUF is not supported; use the little-endian file")
         if version not in (2, 3):
             raise UnsupportedModelError(self.path, f"GGUF version {version} is not supported; 2 and 3 are")
         n_tensors, n_keys = self.u64("the tensor count"), self.u64("the metadata count")

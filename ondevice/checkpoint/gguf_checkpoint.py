@@ -70,8 +70,7 @@ class GgufCheckpoint(Checkpoint):
         return {
             "name": get("general.name") or self.path.stem,
             "licence": get("general.license"),
-            "tokenizer": " ".join(filter(None, (get("tokenizer.ggml.model"), get("tokenizer.ggml.pre"))))
-            or None,
+            "tokenizer": " ".join(filter(None, (get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")))) or None,
         }
 
     def close(self) -> None:

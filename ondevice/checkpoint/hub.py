@@ -53,11 +53,7 @@ class HubCheckpoint(Checkpoint):
         self._quantized = self._check()
         generation = path / "generation_config.json"
         stated = read_json(generation) if generation.exists() else {}
-        ends = {
-            key: self.config[key]
-            for key in ("bos_token_id", "eos_token_id")
-            if self.config.get(key) is not None
-        }
+        ends = {key: self.config[key] for key in ("bos_token_id", "eos_token_id") if self.config.get(key) is not None}
         self.generation_config = {**ends, **stated}
 
     def tensor(self, name: str) -> Tensor:
@@ -109,14 +105,11 @@ class HubCheckpoint(Checkpoint):
         """
         head, embed = hub_name("head.weight"), hub_name("embed.weight")
         if head not in self._entries:
-            return dataclasses.replace(
-                spec, tied_head=spec.tied_head or "tie_word_embeddings" not in self.config
-            )
+            return dataclasses.replace(spec, tied_head=spec.tied_head or "tie_word_embeddings" not in self.config)
         if not spec.tied_head or embed not in self._entries:
             return spec
         parts = [
-            (head.removesuffix("weight") + p, embed.removesuffix("weight") + p)
-            for p in ("weight", "scales", "biases")
+            (head.removesuffix("weight") + p, embed.removesuffix("weight") + p) for p in ("weight", "scales", "biases")
         ]
         present = [(a, b) for a, b in parts if a in self._entries or b in self._entries]
         if all(a in self._entries and b in self._entries for a, b in present) and all(
@@ -146,9 +139,7 @@ class HubCheckpoint(Checkpoint):
                     self.path, f"dtype {dtype} is not supported for weights; {', '.join(FLOATS)} are", stored
                 )
         if quantized and self.format == "hub":
-            raise CheckpointError(
-                self.path, "has quantized tensors, but config.json does not say how", "quantization"
-            )
+            raise CheckpointError(self.path, "has quantized tensors, but config.json does not say how", "quantization")
         check_tensors(self.path, self.spec, found, self._names)
         return quantized
 
@@ -170,12 +161,7 @@ class HubCheckpoint(Checkpoint):
             )
         rows, inputs = shape
         fits = all(len(e.shape) == 2 and e.shape[0] == rows and e.shape[1] for e in entries.values())
-        if (
-            not fits
-            or scales.shape != biases.shape
-            or inputs % scales.shape[1]
-            or weight.shape[1] * 32 % inputs
-        ):
+        if not fits or scales.shape != biases.shape or inputs % scales.shape[1] or weight.shape[1] * 32 % inputs:
             raise CheckpointError(
                 self.path,
                 f"weight {weight.shape}, scales {scales.shape} and biases {biases.shape} fit no {shape}",

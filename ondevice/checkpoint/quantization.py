@@ -48,9 +48,7 @@ class Quantized:
 
     def rows(self, index: NDArray[Any] | slice) -> Quantized:
         """The same weights with rows selected or reordered; nothing is requantized."""
-        return Quantized(
-            self.packed[index], self.scales[index], self.biases[index], self.bits, self.group_size
-        )
+        return Quantized(self.packed[index], self.scales[index], self.biases[index], self.bits, self.group_size)
 
 
 Tensor = NDArray[Any] | Quantized
@@ -113,9 +111,7 @@ def quantize(w: NDArray[Any], bits: int = 4, group_size: int = 64, dtype: Any = 
         OptionError: bits or group size not supported, or the group does not divide the input width.
     """
     if bits not in BITS or group_size not in GROUP_SIZES:
-        raise OptionError(
-            f"bits {bits}, group size {group_size}: choose bits from {BITS}, groups from {GROUP_SIZES}"
-        )
+        raise OptionError(f"bits {bits}, group size {group_size}: choose bits from {BITS}, groups from {GROUP_SIZES}")
     out, inputs = w.shape
     if inputs % group_size:
         raise OptionError(f"group size {group_size} does not divide the input width {inputs}")

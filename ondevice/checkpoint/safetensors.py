@@ -104,9 +104,7 @@ def _entry(name: str, value: Any, start: int, path: Path) -> Entry:
         raise CheckpointError(path, "must have dtype, shape and data_offsets", name)
     dtype, shape, places = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UnsupportedModelError(
-            path, f"dtype {str(dtype)[:20]!r} is not supported; {', '.join(DTYPES)} are", name
-        )
+        raise UnsupportedModelError(path, f"dtype {str(dtype)[:20]!r} is not supported; {', '.join(DTYPES)} are", name)
     if not _naturals(shape) or len(shape) > 16 or not _naturals(places) or len(places) != 2:
         raise CheckpointError(path, "shape and data_offsets must be lists of integers from 0 up", name)
     elements = 1

@@ -136,9 +136,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
             shutil.rmtree(partial, ignore_errors=True)  # nothing that a second try could go on with
             raise
         except OSError as e:
-            raise OndeviceError(
-                f"{name}: cannot be kept in {root()}: {e}; free space or set ONDEVICE_HOME"
-            ) from e
+            raise OndeviceError(f"{name}: cannot be kept in {root()}: {e}; free space or set ONDEVICE_HOME") from e
         shutil.rmtree(partial, ignore_errors=True)
     return slot.model
 

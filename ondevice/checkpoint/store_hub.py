@@ -168,9 +168,7 @@ def _unusable(repo_id: str, sizes: dict[str, int], file: str = "") -> OndeviceEr
             repo_id,
             "only pickled weights, which can run code when opened; find a safetensors or GGUF version",
         )
-    return ModelNotFoundError(
-        f"{repo_id} has no {file or 'config.json with safetensors weights'}: nothing to pull"
-    )
+    return ModelNotFoundError(f"{repo_id} has no {file or 'config.json with safetensors weights'}: nothing to pull")
 
 
 def _check_space(repo_id: str, folder: Path, needed: int) -> None:

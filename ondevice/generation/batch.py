@@ -164,9 +164,7 @@ def _prefill(decoder: Decoder, row: Row, cache: KVCache) -> NDArray[np.float32]:
     """Computes what the cache does not hold of a prompt; the logits of its last token."""
     start = time.perf_counter()
     reused = int(cache.lengths[row.slot])
-    logits = np.empty((0, 0), np.float32)
-    for logits in decoder.prefill(row.prompt[reused:], cache, row.slot):
-        pass
+    *_, logits = decoder.prefill(row.prompt[reused:], cache, row.slot)
     row.stats.prompt_tokens, row.stats.reused_tokens = len(row.prompt), reused
     row.stats.prompt_seconds = time.perf_counter() - start
     return logits[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,11 +71,14 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name in ("seed", "logprobs"):
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            # NaN fails every comparison, so it must not be the comparisons that refuse.
+            kind = Integral if name in ("max_tokens", "top_k", "seed", "logprobs") else Real
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            # Written so that NaN, which fails every comparison, is refused.
             if not (number and value >= low and (high is None or value <= high)):
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise OptionError(f"{name} is {value!r}; it must be a number {bounds}")
+                raise OptionError(
+                    f"{name} is {value!r}; it must be a {'whole ' if kind is Integral else ''}number {bounds}"
+                )
         if self.top_p == 0:
             raise OptionError("top_p is 0, which would keep no token; use temperature=0 for the most likely one")
         if any(not isinstance(s, str) or not s for s in self.stop):
@@ -121,7 +125,7 @@ class Sampler:
         """
         p = self.params
         scores = self._penalized(logits.astype(np.float64))
-        token = int(scores.argmax()) if p.temperature == 0 or p.top_k == 1 else self._draw(scores / p.temperature)
+        token = int(scores.argmax()) if p.temperature == 0 or p.top_k == 1 else self._draw(scores)
         self._counts[token] += 1
         self._seen[token] = True
         return token
@@ -139,7 +143,8 @@ class Sampler:
 
     def _draw(self, scores: NDArray[np.float64]) -> int:
         p = self.params
-        weights = np.exp(scores - scores.max())
+        with np.errstate(over="ignore"):  # a tiny temperature: minus infinity is what is meant
+            weights = np.exp((scores - scores.max()) / p.temperature)
         if p.top_k == 0 and p.top_p == 1 and p.min_p == 0:
             return self._pick(weights)
         limit = p.top_k or len(weights)
@@ -178,5 +183,8 @@ def token_logprob(logits: NDArray[np.float32], token: int, alternatives: int) ->
     scores = logits.astype(np.float64)
     logprobs = scores - scores.max()
     logprobs -= np.log(np.exp(logprobs).sum())
-    best = _most_likely(np.exp(logprobs), min(alternatives, len(scores)), 1.0) if alternatives else []
-    return TokenLogprob(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in best))
+    top: tuple[tuple[int, float], ...] = ()
+    if alternatives:
+        best = _most_likely(np.exp(logprobs), min(alternatives, len(scores)), 1.0)
+        top = tuple((int(i), float(logprobs[i])) for i in best)
+    return TokenLogprob(token, float(logprobs[token]), top)

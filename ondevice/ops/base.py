@@ -86,6 +86,7 @@ class Ops(ABC):
 
     # One step
 
+    @abstractmethod
     def prepare(self, spec: ModelSpec, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Does ahead what the first steps of a model would have to wait for, such as compiling."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_kernels import attention, linear, pack, rope, rows
+from cpu_kernels import attention, kv_pages, linear, pack, rope, rows
 from cpu_kernels.compile import Kernel, compile_all
 from cpu_kernels.threads import shared_pool
 from ondevice.checkpoint.quantization import Tensor, dequantize
@@ -142,7 +142,7 @@ class CpuOps(Ops):
             rows.take,
             rows.quantize,
             rope.rope,
-            rope.append,
+            kv_pages.append,
         ]
         kernels += [attention.attention_tokens(*shape), attention.attention_chunks(*shape)]
         kernels += [
@@ -259,10 +259,10 @@ class CpuOps(Ops):
         if form.bits:
             q, meta = self._codes(x)
             groups = (form.inputs // form.group_size, form.group_size // 32)
-            arguments = (*place, q, form.inputs, meta, n, tokens_each, *groups, *extra)
+            operands: tuple[Any, ...] = (q, form.inputs, meta, n, tokens_each, *groups)
         else:
-            arguments = (*place, x.address, x.stride_bytes, n, tokens_each, form.inputs, *extra)
-        self._program.add(self._linear_kernel(tiles), work if n else 0, arguments)
+            operands = (x.address, x.stride_bytes, n, tokens_each, form.inputs)
+        self._program.add(self._linear_kernel(tiles), work if n else 0, (*place, *operands, *extra))
 
     def _codes(self, x: Buffer) -> tuple[int, int]:
         """The int8 planes of a buffer, made now if no producer did."""
@@ -288,7 +288,7 @@ class CpuOps(Ops):
         source = (k.address, k.stride_bytes, v.address, v.stride_bytes)
         sizes = (pages.page_bytes, pages.kv_heads, pages.head_dim, padded)
         arguments = (*source, *self._where(step, cache), *self._layer(pages, layer), *sizes)
-        self._program.add(rope.append, k.rows, arguments)
+        self._program.add(kv_pages.append, k.rows, arguments)
 
     @staticmethod
     def _where(step: Step, cache: KVCache) -> tuple[Any, ...]:

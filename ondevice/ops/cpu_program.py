@@ -1,8 +1,8 @@
 """Recording what the decoder asks for, as a flat program of kernels, and replaying it.
 
 The decoder runs once per shape over the CPU table, which only records; after that a step is one call: new tokens and
-positions are copied in, and the threads walk through the program. Recording happens in the order of execution, so memory
-whose Python owner is gone by then can be given to later operations of the same program.
+positions are copied in, and the threads walk through the program. Recording happens in the order of execution, so
+memory whose Python owner is gone by then can be given to later operations of the same program.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,9 @@ class ReferenceOps(Ops):
     def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Any:
         shape = (spec.n_layers, pages, page, spec.n_kv_heads, spec.head_dim)
         return np.zeros(shape, self.dtype), np.zeros(shape, self.dtype)
+
+    def prepare(self, spec: ModelSpec, progress: Callable[[int, int, str], None] | None = None) -> None:
+        """Nothing to compile."""
 
     def run(self, step: Step, cache: KVCache, body: Body, name: str = "logits") -> NDArray[np.float32]:
         return np.asarray(body(step), np.float32)

@@ -12,10 +12,15 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, processors
 
 from ondevice.errors import CheckpointError, UnsupportedModelError
+from ondevice.text.pieces import byte_alphabet
 from ondevice.text.pretokenizers import PRE_TOKENIZERS
 from ondevice.text.source import TokenizerSource, turn_ends
 
 _PREFIX = "tokenizer.ggml."
+
+
+def _in_utf8(byte: int) -> bool:
+    return byte not in (0xC0, 0xC1) and byte < 0xF5
 
 
 class _TokenType(IntEnum):
@@ -61,7 +66,7 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> TokenizerSource:
     types = keys.token_types(len(tokens))
     ids = {text: index for index, text in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(ids, keys.merges(ids), ignore_merges=pre.ignore_merges))
-    backend.pre_tokenizer = pre.build()
+    backend.pre_tokenizer = pre.build("".join(c for c, b in byte_alphabet().items() if c not in ids and _in_utf8(b)))
     backend.decoder = decoders.ByteLevel()
 
     bos, eos = keys.token_id("bos_token_id", len(tokens)), keys.token_id("eos_token_id", len(tokens))
@@ -133,9 +138,7 @@ class _Keys:
         # type(), not isinstance: it refuses bools among ints, and is quick on 250,000 entries.
         wrong = next((i for i, value in enumerate(values) if type(value) is not kind), None)
         if wrong is not None:
-            raise self._error(
-                name, f"{kind.__name__} expected at [{wrong}], not {type(values[wrong]).__name__}"
-            )
+            raise self._error(name, f"{kind.__name__} expected at [{wrong}], not {type(values[wrong]).__name__}")
         return values
 
     def tokens(self) -> list[str]:

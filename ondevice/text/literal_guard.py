@@ -9,15 +9,15 @@ from typing import Any
 from ondevice.errors import OptionError
 
 # Private-use characters: no template has a meaning for them, and no trimming takes them for white space.
-_STAND_INS = (*range(0x100000, 0x10FFFE), *range(0xF0000, 0xFFFFE), *range(0xE000, 0xF900))
+_STAND_INS = (*range(0x100000, 0x10FFFE), *range(0xF0000, 0xFFFFE))
 
 
 class LiteralGuard:
-    """Swaps one character of each special token's text for a stand-in, so that the text is no token's any more.
+    """Swaps one character of each special token's text for a stand-in, so that it names no token any more.
 
-    The first character of every occurrence is swapped. Where a text ends as a special token begins, or begins as
-    one ends, its last or first character is swapped too, so that nothing can be completed from two texts, or
-    from a text and the template around it. Lengths and white space stay, so templates work on it as before.
+    The first character of every occurrence is swapped. Where a text ends as a special token begins, or begins
+    as one ends, its last or first character is swapped too: nothing can be completed from two texts, or from
+    one and the template around it. Lengths and white space stay, so templates work on it as before.
 
     Args:
         special: text of every special token.
@@ -53,6 +53,21 @@ class LiteralGuard:
         if len(stand_in) < len(originals):
             raise OptionError("messages: no private-use character is left to protect special tokens; remove some")
         return self._copy(values, stand_in), {ord(new): old for old, new in stand_in.items()}
+
+    def cut(self, text: str, mark: str) -> str:
+        """Puts a mark behind the first character of every special token's text.
+
+        Args:
+            text: any text.
+            mark: what to put there.
+
+        Returns:
+            The text with the marks.
+        """
+        if self._occurrence is None:
+            return text
+        ends = [match.start() + 1 for match in self._occurrence.finditer(text)]
+        return mark.join(text[start:end] for start, end in zip([0, *ends], [*ends, len(text)]))
 
     def _swapped(self, text: str) -> dict[int, str]:
         """Positions of the characters to swap, and the characters."""

@@ -13,14 +13,18 @@ import tokenizers
 from ondevice.errors import UnsupportedModelError
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE: printable Latin-1 stands for itself, the rest from U+0100 on."""
+def byte_alphabet() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, the other bytes from U+0100 on.
+
+    Returns:
+        Character -> byte.
+    """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+_BYTE_OF = byte_alphabet()
 
 
 @dataclass
@@ -41,15 +45,17 @@ class Pieces:
     Args:
         backend: the `tokenizers` pipeline.
         literal_ids: added tokens; their text stands for itself and is not in the byte-level alphabet.
+        size: ids from here on are not the model's.
         path: where the tokenizer came from, for messages.
 
     Raises:
         UnsupportedModelError: the pipeline has a decoder that is not known here.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, literal_ids: Iterable[int], path: Path) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, literal_ids: Iterable[int], size: int, path: Path) -> None:
         self._backend = backend
         self._literal = frozenset(literal_ids)
+        self._size = size
         self._rules = _read_rules(backend, path)
         self._cache: dict[int, bytes] = {}
 
@@ -69,8 +75,7 @@ class Pieces:
         """
         if not self._rules.dropped_at_start:
             return self.of(token_id)
-        text = self._backend.id_to_token(token_id) or ""
-        return self._bytes(token_id, text.replace(self._rules.dropped_at_start, ""))
+        return self._bytes(token_id, self._text(token_id).replace(self._rules.dropped_at_start, ""))
 
     def of(self, token_id: int) -> bytes:
         """Bytes of a token inside a text.
@@ -83,9 +88,11 @@ class Pieces:
         """
         found = self._cache.get(token_id)
         if found is None:
-            text = self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
-            found = self._cache[token_id] = self._bytes(token_id, text or "")
+            found = self._cache[token_id] = self._bytes(token_id, self._text(token_id))
         return found
+
+    def _text(self, token_id: int) -> str:
+        return (self._backend.id_to_token(token_id) if 0 <= token_id < self._size else None) or ""
 
     def _bytes(self, token_id: int, text: str) -> bytes:
         if self._rules.byte_level:
@@ -114,8 +121,8 @@ def _read_rules(backend: tokenizers.Tokenizer, path: Path) -> _Rules:
         if not _add_step(rules, step, fused):
             raise UnsupportedModelError(
                 path,
-                f"decoder step {json.dumps(step, ensure_ascii=False)} is not known here; known are ByteLevel, "
-                "Metaspace, ByteFallback, Fuse, Replace of a string, and Strip at the start after Fuse",
+                f"decoder step {json.dumps(step, ensure_ascii=False)} is not known here; known are "
+                "ByteLevel, Metaspace, ByteFallback, Fuse, Replace of a text, Strip at the start after Fuse",
                 "decoder",
             )
         fused = fused or step["type"] == "Fuse"

@@ -7,8 +7,8 @@ from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 
-# Letters and digits that came with Unicode 16. GGUF runtimes split by the tables of Unicode 15.1, where these are
-# unassigned; the regex engine here knows Unicode 16 and would join them into words.
+# Letters and digits that came with Unicode 16. llama.cpp splits by the tables of Unicode 15.1, where these
+# are unassigned; the regex engine here knows Unicode 16 and would join them into words.
 _NEW_LETTERS = (
     (0x1C89, 0x1C8A),
     (0xA7CB, 0xA7CD),
@@ -44,7 +44,7 @@ def _without(category: str, ranges: tuple[tuple[int, int], ...]) -> str:
 _L = _without("L", _NEW_LETTERS)
 _N = _without("N", _NEW_NUMBERS)
 
-# The English endings are written out in both cases: with (?i:...) the regex engine also takes U+017F for an s.
+# The English endings are written out in both cases: (?i:...) would let the regex engine take U+017F for an s.
 _GPT2 = rf"'s|'t|'re|'ve|'m|'ll|'d| ?{_L}+| ?{_N}+| ?[^\s{_L}{_N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
@@ -66,15 +66,23 @@ class PreTokenizer:
     ignore_merges: bool = False
     adds_bos: bool = False
 
-    def build(self) -> Any:
+    def build(self, missing: str) -> Any:
         """The `tokenizers` pre-tokenizer.
 
+        Args:
+            missing: characters of the byte-level alphabet that have no token.
+
         Returns:
-            A sequence: the splits, then bytes to the byte-level alphabet.
+            A sequence: the splits, then bytes to the byte-level alphabet. Bytes without a token are cut out
+            after that: the BPE would leave them out as well, but merge their neighbours across the gap.
         """
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([*splits, to_bytes])
+        steps = [*splits, to_bytes]
+        if missing:
+            codes = "".join(f"\\x{{{ord(char):X}}}" for char in missing)
+            steps.append(pre_tokenizers.Split(Regex(f"[{codes}]"), "removed"))
+        return pre_tokenizers.Sequence(steps)
 
 
 _SMOLLM = PreTokenizer((_N, _GPT2))

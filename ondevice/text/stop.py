@@ -34,15 +34,16 @@ class StopMatcher:
             text: new text, of any length.
 
         Returns:
-            Text that is safe to show, and the stop string that matched, if one did. The match itself and all that
-            follows it are dropped. Where several begin at the same place, the one that is complete first wins.
+            Text that is safe to show, and the stop string that matched, if one did. The match and all that
+            follows it are dropped. Of several, the one that is complete first wins.
         """
         if self._matched is not None:
             return "", self._matched
         buffer = self._held + text
-        hits = [(at, at + len(stop), stop) for stop in self._stops if (at := buffer.find(stop)) >= 0]
+        # The first to be complete wins, then the longest: the cut does not depend on how the text was split.
+        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := buffer.find(stop)) >= 0]
         if hits:
-            start, _, self._matched = min(hits)
+            _, start, self._matched = min(hits)
             self._held = ""
             return buffer[:start], self._matched
         longest = min(self._longest, len(buffer))

@@ -1,4 +1,4 @@
-"""Runs one op of any table on given rows: the rows go in as an embedding table and the result comes out as logits do."""
+"""Runs one op of any table on given rows: the rows go in as an embedding table and the result comes out like logits."""
 
 from __future__ import annotations
 

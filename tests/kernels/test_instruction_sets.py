@@ -29,5 +29,5 @@ def test_kernels_compiled_for(name: str) -> None:
     folder = Path(__file__).parent
     files = [str(folder / "test_simd.py"), str(folder / "test_ops.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not one-thread", *files]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -165,9 +165,7 @@ def tensor(name: str, dims: list[int], kind: int = 0, offset: int = 0, n_dims: i
 def container(entries: list[bytes], tensors: list[bytes], n_keys=None, n_tensors=None, version=3) -> bytes:
     n_keys = len(entries) if n_keys is None else n_keys
     n_tensors = len(tensors) if n_tensors is None else n_tensors
-    return (
-        struct.pack("<4sIQQ", b"GGUF", version, n_tensors, n_keys) + b"".join(entries + tensors) + bytes(256)
-    )
+    return struct.pack("<4sIQQ", b"GGUF", version, n_tensors, n_keys) + b"".join(entries + tensors) + bytes(256)
 
 
 ARRAY, STRING, U32 = 9, 8, 4
@@ -250,9 +248,7 @@ def read_all(path):
 
 
 def test_truncated_files_are_refused(tmp_path):
-    data = tiny_gguf(
-        tmp_path / "m.gguf", types="Q4_1", metadata={"tokenizer.ggml.tokens": ["a", "b"]}
-    ).read_bytes()
+    data = tiny_gguf(tmp_path / "m.gguf", types="Q4_1", metadata={"tokenizer.ggml.tokens": ["a", "b"]}).read_bytes()
     for length in [*range(0, 2000, 37), *range(2000, len(data), 4001), len(data) - 1]:
         (tmp_path / "cut.gguf").write_bytes(data[:length])
         with cheap(), pytest.raises(CheckpointError):

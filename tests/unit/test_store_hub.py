@@ -22,9 +22,7 @@ def home(tmp_path, monkeypatch):
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(
-        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and ".locks" not in p.parts
-    )
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and ".locks" not in p.parts)
 
 
 class Hub:
@@ -84,9 +82,7 @@ def test_a_repository_is_pulled_with_only_what_is_needed(home, hub):
     assert open_checkpoint(path).spec == tiny_spec()
     weights = sorted(p.name for p in repo.glob("model-*.safetensors"))
     assert len(weights) > 2
-    assert files(path) == sorted(
-        ["LICENSE", "config.json", "model.safetensors.index.json", "tokenizer.json", *weights]
-    )
+    assert files(path) == sorted(["LICENSE", "config.json", "model.safetensors.index.json", "tokenizer.json", *weights])
     assert hub.asked[0] == ("config.json", "sha-of-main") and not (path / ".cache").exists()
     assert [(entry.name, entry.format) for entry in store.ls()] == [("org/tiny", "hub")]
 

@@ -1,0 +1,75 @@
+"""`ondevice chat`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ondevice.commands.generate import stream
+from ondevice.commands.options import (
+    TEXT,
+    context_option,
+    engine_options,
+    model_argument,
+    sampling,
+    sampling_options,
+)
+from ondevice.commands.progress import reporting
+from ondevice.commands.terminal import read_stdin, write
+
+if TYPE_CHECKING:
+    from ondevice_chat.conversation import Conversation
+
+
+@click.command()
+@model_argument
+@click.option("-p", "--prompt", type=TEXT, help="Answer this one prompt and exit; so does a prompt on stdin.")
+@sampling_options(max_tokens=1024)
+@click.option("--system", help="A system message.")
+@context_option
+@engine_options
+def chat(
+    model: str,
+    prompt: str | None,
+    system: str | None,
+    context: int | None,
+    backend: str,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Talk with a model. /help lists the chat's own commands.
+
+    MODEL is a name in the store or a path; the default is smollm2, fetched once.
+    """
+    if prompt in (None, "-") and not sys.stdin.isatty():
+        prompt = read_stdin()
+    elif prompt == "-":
+        raise click.UsageError("-p - reads stdin, which is the terminal; leave it out to chat.")
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("The prompt is empty; give one with -p or on stdin, or run it in a terminal to chat.")
+    from ondevice.generation.sampling import SamplingParams
+    from ondevice.model import load
+    from ondevice_chat.conversation import Conversation
+
+    fields = sampling(options)
+    params = SamplingParams(**fields)
+    with reporting() as progress:
+        loaded = load(model, backend=backend, threads=threads, progress=progress)
+    if prompt is not None:
+        stream(loaded, prompt, {"system": system, "context": context, **fields})
+        return
+    _talk(Conversation(loaded, params, system, context))
+
+
+def _talk(conversation: Conversation) -> None:
+    from ondevice_chat.loop import chat as talk
+    from ondevice_chat.terminal import LineReader
+
+    model = conversation.model
+    ops = model.decoder.ops
+    threads = f", {ops.threads} threads" if hasattr(ops, "threads") else ""
+    write(f"{model.name} on {ops.name}{threads}, context {conversation.session.context} tokens\n")
+    write(f"{conversation.settings()}\n/help lists the commands; Ctrl+C stops an answer; Ctrl+D leaves\n")
+    talk(conversation, LineReader(), write)

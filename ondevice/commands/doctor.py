@@ -1,0 +1,142 @@
+"""`ondevice doctor`: what this machine offers, and what will be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import click
+
+from ondevice import __version__, machine
+from ondevice.commands.options import json_option
+from ondevice.commands.progress import reporting, size
+from ondevice.commands.terminal import table
+
+LIBRARIES = ("numpy", "numba", "llvmlite", "tokenizers", "huggingface-hub", "jinja2", "click", "rich", "prompt-toolkit")
+ABSENT = "not in this version of ondevice"
+"""Of platforms that the design has and the code has not yet."""
+
+
+@click.command()
+@click.option("--warm", is_flag=True, help="Compile now what the models in the store need.")
+@json_option
+def doctor(warm: bool, as_json: bool) -> None:
+    """Say what this machine offers and what will be used; takes a second to measure its memory."""
+    if warm:
+        _warm()
+    report = examine()
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    for title, values in _for_people(report).items():
+        click.secho(title, bold=True)
+        click.echo(table(values, "  "))
+
+
+def _warm() -> None:
+    from ondevice.checkpoint import store
+    from ondevice.model import load
+
+    entries = store.ls()
+    if not entries:
+        click.echo(f"nothing to compile for: no model in the store; `ondevice pull {store.DEFAULT}`", err=True)
+    for entry in entries:
+        with reporting() as progress:
+            load(entry.path, backend="cpu", progress=progress)
+        click.echo(f"kernels for {entry.name} are compiled", err=True)
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `doctor` reports, for people and for JSON output."""
+    return {
+        "machine": _machine(),
+        "kernels": _kernels(),
+        "backends": _backends(),
+        "store": _store(),
+        "versions": _versions(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    total, available = machine.memory_bytes()
+    threads = machine.default_threads()
+    one = machine.read_bandwidth(1)
+    return {
+        "cpu": machine.cpu_name(),
+        "architecture": platform.machine(),
+        "system": platform.platform(),
+        "logical_cpus": os.cpu_count(),
+        "threads": threads,
+        "threads_reason": machine.threads_reason(),
+        "memory_bytes": total,
+        "memory_available_bytes": available,
+        "read_gbs_one_thread": round(one / 1e9, 1),
+        "read_gbs_all_threads": round((machine.read_bandwidth(threads) if threads > 1 else one) / 1e9, 1),
+    }
+
+
+def _kernels() -> dict[str, Any]:
+    from cpu_kernels.compile import cache_folder
+    from cpu_kernels.simd import instruction_set
+
+    folder = cache_folder()
+    return {
+        "instruction_set": instruction_set(),
+        "cache_folder": str(folder),
+        "compiled": sum(1 for _ in folder.rglob("*.nbc")),
+    }
+
+
+def _backends() -> dict[str, str]:
+    return {
+        "auto": "takes cpu",
+        "cpu": "ready",
+        "reference": "ready (float64, slow: the judge of the others)",
+        "mlx": ABSENT,
+        "cuda": ABSENT,
+    }
+
+
+def _store() -> dict[str, Any]:
+    from ondevice.checkpoint import store
+
+    entries = store.ls()
+    return {"folder": str(store.root()), "models": len(entries), "bytes": sum(entry.size for entry in entries)}
+
+
+def _versions() -> dict[str, str]:
+    found = {"ondevice": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def _for_people(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    m, kernels, store = report["machine"], report["kernels"], report["store"]
+    free = m["memory_available_bytes"]
+    bandwidth = (
+        f"{m['read_gbs_one_thread']} GB/s read by one thread, {m['read_gbs_all_threads']} GB/s by {m['threads']}"
+    )
+    compiled = f"{kernels['compiled']} in {kernels['cache_folder']}"
+    return {
+        "Machine": {
+            "CPU": f"{m['cpu']} ({m['architecture']})",
+            "system": m["system"],
+            "threads": f"{m['threads']} ({m['threads_reason']})",
+            "memory": size(m["memory_bytes"]) + (f", {size(free)} available" if free is not None else ""),
+            "bandwidth": bandwidth,
+        },
+        "Kernels": {
+            "instruction set": kernels["instruction_set"],
+            "compiled": compiled if kernels["compiled"] else f"none yet: the first model takes longer ({compiled})",
+        },
+        "Backends": report["backends"],
+        "Store": {"folder": store["folder"], "models": f"{store['models']}, {size(store['bytes'])}"},
+        "Versions": report["versions"],
+    }

@@ -1,0 +1,96 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BACKENDS = ("auto", "cpu", "reference")
+DEFAULT_MODEL = "smollm2"
+
+
+class WholeText(click.ParamType[str]):
+    """A text that an environment variable gives as one value, though the option can be repeated."""
+
+    name = "text"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """The variable is one value; click would cut it at spaces."""
+        return [rv]
+
+
+TEXT = WholeText()
+
+
+def model_argument(f: F) -> F:
+    """MODEL, with the default model and the twin ONDEVICE_MODEL."""
+    return click.argument("model", default=DEFAULT_MODEL, envvar="ONDEVICE_MODEL")(f)
+
+
+def engine_options(f: F) -> F:
+    """--backend and --threads, with twins ONDEVICE_BACKEND and ONDEVICE_THREADS for all commands."""
+    backend = click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        envvar="ONDEVICE_BACKEND",
+        help="What computes; reference is float64 and slow.",
+    )
+    threads = click.option(
+        "-t",
+        "--threads",
+        type=click.IntRange(1),
+        envvar="ONDEVICE_THREADS",
+        help="Threads of the CPU backend.  [default: one per usable core]",
+    )
+    return backend(threads(f))
+
+
+def json_option(f: F) -> F:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(f)
+
+
+def sampling_options(max_tokens: int) -> Callable[[F], F]:
+    """Options that become SamplingParams, collected by `sampling`.
+
+    Args:
+        max_tokens: default of --max-tokens.
+    """
+    options = [
+        click.option("-n", "--max-tokens", default=max_tokens, show_default=True, help="Most tokens of an answer."),
+        click.option("--temp", default=0.7, show_default=True, help="Temperature; 0 takes the most likely token."),
+        click.option("--top-k", default=0, show_default=True, help="Keep the k most likely tokens; 0 keeps all."),
+        click.option("--top-p", default=1.0, show_default=True, help="Keep tokens until their mass reaches this."),
+        click.option("--min-p", default=0.0, show_default=True, help="Keep tokens this likely relative to the best."),
+        click.option("--repetition-penalty", default=1.0, show_default=True, help="Divides seen tokens' logits."),
+        click.option("--presence-penalty", default=0.0, show_default=True, help="Subtracted from answered tokens."),
+        click.option("--frequency-penalty", default=0.0, show_default=True, help="The same for each occurrence."),
+        click.option("--seed", type=int, help="Makes the choice repeatable."),
+        click.option("--stop", type=TEXT, multiple=True, help="A text that ends the answer; repeat for several."),
+    ]
+
+    def add(f: F) -> F:
+        for option in reversed(options):
+            f = option(f)
+        return f
+
+    return add
+
+
+def sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Fields of SamplingParams from the options of `sampling_options`, which are taken out of `options`."""
+    same = ("max_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    fields = {name: options.pop(name) for name in (*same, "seed", "stop")}
+    return {**fields, "temperature": options.pop("temp")}
+
+
+def context_option(f: F) -> F:
+    """--context."""
+    help = "Tokens that prompt and answer may take together.  [default: what the model allows]"
+    return click.option("-c", "--context", type=click.IntRange(1), help=help)(f)

@@ -1,0 +1,61 @@
+"""The reference table against the logits that transformers gives, and against its configuration files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ondevice.checkpoint import open_checkpoint
+from ondevice.checkpoint.json_file import read_json
+from ondevice.checkpoint.names import hub_name
+from ondevice.decoder import Decoder
+from ondevice.ops.reference import ReferenceOps
+from ondevice.spec_hub import spec_from_config
+from tests.models.cases import CASES, POSITIONS, case_ids, case_spec, case_tensors
+from tests.models.goldens import TRANSFORMERS, golden_about, golden_logits
+from tests.models.running import decode_logits, make_decoder, prefill_logits
+
+REFERENCE_TOLERANCE = 1e-5
+"""Both sides compute in float64 and round to float32: at logits up to 25 that is 1e-6, and equal here to the bit."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_gives_the_judges_logits(name: str) -> None:
+    golden, ids = golden_logits(TRANSFORMERS)[name], case_ids(name)
+    assert golden.std() > 1  # else the tolerance would say little
+    decoder = make_decoder(case_spec(name), case_tensors(name))
+    prefilled = prefill_logits(decoder, ids)
+    assert np.abs(prefilled[POSITIONS] - golden).max() < REFERENCE_TOLERANCE
+    assert np.abs(decode_logits(decoder, ids) - prefilled).max() < REFERENCE_TOLERANCE
+
+
+def test_goldens_are_of_these_cases() -> None:
+    cases = golden_about(TRANSFORMERS)["cases"]
+    assert cases.keys() == CASES.keys() == golden_logits(TRANSFORMERS).keys()
+    assert all(cases[name]["ids"] == case_ids(name).tolist() for name in CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_saved_configuration_says_the_same(name: str) -> None:
+    """What transformers 5 saves, with other keys in other places, is read as the published form is."""
+    saved = golden_about(TRANSFORMERS)["cases"][name]
+    spec = spec_from_config(saved["config"], Path("config.json"))
+    assert spec == case_spec(name)
+    assert sorted(map(hub_name, spec.tensors())) == saved["tensors"]
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3_layer_types"])
+def test_a_hub_folder_gives_the_judges_logits(name: str, tmp_path: Path) -> None:
+    import json
+
+    saved = golden_about(TRANSFORMERS)["cases"][name]
+    (tmp_path / "config.json").write_text(json.dumps(saved["config"]))
+    assert read_json(tmp_path / "config.json")["model_type"] == CASES[name]["model_type"]
+    tensors = {hub_name(key): values for key, values in case_tensors(name).items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with open_checkpoint(tmp_path) as checkpoint:
+        logits = prefill_logits(Decoder(checkpoint, ReferenceOps()), case_ids(name))
+    assert np.abs(logits[POSITIONS] - golden_logits(TRANSFORMERS)[name]).max() < REFERENCE_TOLERANCE

@@ -1,0 +1,67 @@
+"""The reference table against transformers itself, through a folder that transformers wrote.
+
+Everyday runs without the extra `judges` leave this out and rely on the logits kept in tests/golden; where the
+environment variable CI is set, it must run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ondevice.checkpoint import open_checkpoint
+from ondevice.decoder import Decoder
+from ondevice.ops.reference import ReferenceOps
+from tests.models.cases import CASES, POSITIONS, case_ids, case_spec, case_tensors
+from tests.models.goldens import TRANSFORMERS, golden_logits
+from tests.models.running import decode_logits, make_decoder, prefill_logits
+from tests.models.test_goldens import REFERENCE_TOLERANCE
+
+pytestmark = pytest.mark.judge
+
+FLOAT32 = 4e-5
+"""Largest error of transformers in float32, as a part of the logits' standard deviation (measured: 2.8e-5).
+
+It is the judge's own: the same library in float64 agrees with us to REFERENCE_TOLERANCE."""
+
+
+@pytest.fixture(scope="module")
+def judge() -> Any:
+    if not os.environ.get("CI"):
+        pytest.importorskip("transformers", reason="the extra `judges` is not installed")
+    return importlib.import_module("tests.models.transformers_judge")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_gives_transformers_logits(name: str, tmp_path: Path, judge: Any) -> None:
+    tensors, ids = case_tensors(name), case_ids(name)
+    model = judge.build(CASES[name], tensors)
+    model.save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.spec == case_spec(name)
+        decoder = Decoder(checkpoint, ReferenceOps())
+    with judge.float64_throughout():
+        exact_model = judge.build(CASES[name], tensors)
+        exact = judge.full_logits(exact_model, ids)
+    assert exact.dtype == np.float64
+    prefilled, decoded = prefill_logits(decoder, ids), decode_logits(decoder, ids)
+    assert np.abs(prefilled - exact).max() < REFERENCE_TOLERANCE
+    assert np.abs(decoded - exact).max() < REFERENCE_TOLERANCE
+    assert np.abs(prefilled - judge.full_logits(model, ids)).max() < FLOAT32 * exact.std()
+    assert np.abs(golden_logits(TRANSFORMERS)[name] - exact[POSITIONS]).max() < REFERENCE_TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "llama_longrope"])
+def test_decode_gives_transformers_cached_logits(name: str, judge: Any) -> None:
+    """Without longrope beyond its original context: transformers turns early keys by the short factors there, and
+    leaves them so when the text grows; our cache knows its size from the start."""
+    tensors, ids = case_tensors(name), case_ids(name)
+    with judge.float64_throughout():
+        theirs = judge.cached_logits(judge.build(CASES[name], tensors), ids)
+    ours = decode_logits(make_decoder(case_spec(name), tensors), ids)
+    assert np.abs(ours - theirs).max() < REFERENCE_TOLERANCE

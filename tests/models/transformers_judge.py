@@ -1,0 +1,65 @@
+"""The cases as models of the `transformers` library. Needs the extra `judges`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from ondevice.checkpoint.names import hub_name
+
+torch.set_num_threads(1)  # models this small only wait for each other's threads
+VERSIONS = f"transformers {transformers.__version__}, torch {torch.__version__}"
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Makes the library compute in float64 even where its models ask for float32: rope, norms and softmax.
+
+    Models must be built inside. What is left of the difference to us is then our own error.
+    """
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch, "float", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+def build(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> Any:
+    """A float32 model with plain ("eager") attention.
+
+    Args:
+        config: as in a config.json.
+        tensors: by canonical name; exactly the model's parameters.
+    """
+    settings = transformers.AutoConfig.for_model(**copy.deepcopy(config))  # it writes into what it is given
+    model = transformers.AutoModelForCausalLM.from_config(
+        settings, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    state = {hub_name(name): torch.from_numpy(values) for name, values in tensors.items()}
+    if settings.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+@torch.no_grad()
+def full_logits(model: Any, ids: Any) -> NDArray[Any]:
+    """Logits of every position in one pass: [N, vocab]."""
+    return model(torch.tensor([ids.tolist()]), use_cache=False).logits[0].numpy()
+
+
+@torch.no_grad()
+def cached_logits(model: Any, ids: Any) -> NDArray[Any]:
+    """Logits of every position, token by token with the library's own cache: [N, vocab]."""
+    cache = transformers.DynamicCache(config=model.config)
+    steps = [model(torch.tensor([[int(i)]]), past_key_values=cache, use_cache=True) for i in ids]
+    return np.concatenate([step.logits[0].numpy() for step in steps])

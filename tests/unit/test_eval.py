@@ -1,0 +1,151 @@
+"""Perplexity, KL and agreement."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import ondevice
+from ondevice.cli import cli
+from ondevice.errors import ContextLengthError, OptionError
+from ondevice_eval.evaluation import evaluate
+from ondevice_eval.scores import Scores, Window, log_softmax
+from tests.conftest import TEXT, VOCAB, write_tokenizer
+from tests.tiny import tiny_checkpoint, tiny_spec, tiny_tensors
+
+
+@pytest.fixture(scope="module")
+def other_path(tmp_path_factory):
+    """Another random model over the same vocabulary."""
+    spec = tiny_spec(vocab_size=VOCAB)
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("other") / "model", spec, tiny_tensors(spec, seed=1))
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def naive(model, ids, window):
+    """Sum of NLL and number of tokens, each window by one fresh prefill."""
+    total, count = 0.0, 0
+    for start in range(0, len(ids), window):
+        part = ids[start : start + window]
+        cache = model.decoder.new_cache(1, window)
+        logits = np.concatenate(list(model.decoder.prefill(part, cache, all_logits=True)))
+        for row, target in zip(logits, part[1:]):
+            total -= float(log_softmax(row[None])[0, target])
+            count += 1
+    return total, count
+
+
+def test_windows_are_scored_alone_without_their_first_token(tiny):
+    ids = tiny.tokenizer.encode(TEXT, add_special=False)[:90]
+    scores = evaluate(tiny.decoder, ids, window=40)
+    total, count = naive(tiny, ids, 40)
+    assert scores.tokens == count == 90 - 3 and [w.tokens for w in scores.windows] == [39, 39, 9]
+    assert scores.nll == pytest.approx(total / count, rel=1e-12)
+
+
+def test_a_last_window_of_one_token_is_left_out(tiny):
+    ids = tiny.tokenizer.encode(TEXT, add_special=False)[:41]
+    assert evaluate(tiny.decoder, ids, window=40).tokens == 39
+
+
+@pytest.mark.parametrize("backend", ["tiny", "tiny_cpu"])
+def test_token_by_token_gives_the_same(request, backend):
+    model = request.getfixturevalue(backend)
+    ids = model.tokenizer.encode(TEXT, add_special=False)[:100]
+    assert len(ids) == 100
+    at_once = evaluate(model.decoder, ids, window=100)
+    by_token = evaluate(model.decoder, ids, window=100, by_token=True)
+    assert by_token.nll == pytest.approx(at_once.nll, rel=1e-5)
+
+
+def test_a_model_against_itself_and_against_another(tiny, other_path):
+    other = ondevice.load(other_path, backend="reference")
+    ids = tiny.tokenizer.encode(TEXT, add_special=False)[:60]
+    same = evaluate(tiny.decoder, ids, 30, tiny.decoder)
+    assert same.kl == 0 and same.agreement == 1
+    different = evaluate(tiny.decoder, ids, 30, other.decoder)
+    assert different.kl > 0.1 and different.agreement < 0.5
+    assert different.nll == same.nll
+
+
+def test_kl_is_of_the_other_model_to_this_one():
+    mine, theirs = np.log([[0.5, 0.5]]).astype(np.float32), np.log([[0.9, 0.1]]).astype(np.float32)
+    window = Window()
+    window.add(mine, np.array([0]), theirs)
+    assert window.kl == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-6)
+    assert window.nll == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_log_softmax_takes_huge_logits():
+    assert log_softmax(np.array([[3e38, 0, -3e38]], np.float32))[0, 0] == 0
+
+
+def test_the_standard_error_is_over_windows():
+    means = [2.0, 3.0, 4.0, 3.0]
+    scores = Scores([Window(tokens=10, nll=10 * mean) for mean in means])
+    assert scores.nll == 3.0
+    assert scores.nll_stderr == pytest.approx(np.std(means, ddof=1) / 2)
+    assert Scores([Window(tokens=10, nll=20.0)]).nll_stderr is None
+
+
+def test_impossible_texts_and_windows_are_refused(tiny):
+    with pytest.raises(OptionError, match="1 tokens"):
+        evaluate(tiny.decoder, [5], 10)
+    with pytest.raises(OptionError, match="window is 1"):
+        evaluate(tiny.decoder, [5, 6, 7], 1)
+    with pytest.raises(ContextLengthError, match="--window"):
+        evaluate(tiny.decoder, [5] * 200, 129)
+
+
+def run(*args):
+    return CliRunner().invoke(cli, ["eval", *map(str, args)])
+
+
+def test_the_command_prints_the_contracts_keys(tiny, tiny_path, text):
+    result = run(tiny_path, "--text", text, "--tokens", 80, "--window", 40, "--backend", "reference", "--json")
+    report = json.loads(result.stdout)
+    ids = tiny.tokenizer.encode(TEXT, add_special=False)[:80]
+    total, count = naive(tiny, ids, 40)
+    assert report["tokens"] == count and report["nll"] == pytest.approx(total / count)
+    assert report["perplexity"] == pytest.approx(math.exp(total / count))
+    assert report["stderr"] == pytest.approx(report["perplexity"] * report["nll_stderr"])
+    assert report["kl"] is report["top1_agreement"] is None
+    assert report["ffn_density"] == report["head_density"] == 1
+
+
+def test_cpu_is_judged_by_reference(tiny_path, text):
+    args = [tiny_path, "--text", text, "--window", 64, "--backend", "cpu", "--against-backend", "reference", "--json"]
+    report = json.loads(run(*args).stdout)
+    assert 0 <= report["kl"] < 1e-3 and report["top1_agreement"] > 0.97
+
+
+def test_the_command_for_people(tiny_path, other_path, text):
+    args = ["--text", text, "--window", 64, "--backend", "reference"]
+    shown = run(tiny_path, *args, "--against", other_path).stdout
+    assert "± " in shown and "nats per token" in shown and "% agreement" in shown
+    assert "one window" in run(tiny_path, *args, "--tokens", 20).stdout
+
+
+def test_different_vocabularies_and_bad_texts_are_refused(tiny_path, tmp_path, text):
+    folder = tiny_checkpoint(tmp_path / "wide", tiny_spec(vocab_size=VOCAB + 8))
+    write_tokenizer(folder)
+    refused = run(tiny_path, "--text", text, "--against", folder, "--backend", "reference")
+    assert refused.exit_code == 1 and "different vocabularies" in refused.stderr
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    refused = run(tiny_path, "--text", tmp_path / "bad.txt", "--backend", "reference")
+    assert refused.exit_code == 1 and "not UTF-8 at byte 3" in refused.stderr
+    (tmp_path / "empty.txt").write_text("")
+    refused = run(tiny_path, "--text", tmp_path / "empty.txt", "--backend", "reference")
+    assert refused.exit_code == 1 and "0 tokens" in refused.stderr

@@ -1,0 +1,1 @@
+"""`ondevice eval`: what a model costs in quality."""

@@ -1,0 +1,110 @@
+"""`ondevice eval`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ondevice.commands.options import BACKENDS, engine_options, json_option, model_argument
+from ondevice.commands.progress import reporting
+from ondevice.errors import OndeviceError, OptionError
+
+if TYPE_CHECKING:
+    from ondevice.model import Model
+    from ondevice_eval.scores import Scores
+
+
+@click.command("eval")
+@model_argument
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text.")
+@click.option("--tokens", type=click.IntRange(2), help="Use the first so many tokens.  [default: all]")
+@click.option("--window", type=click.IntRange(2), default=1024, show_default=True, help="Tokens of a window.")
+@click.option("--against", metavar="MODEL", help="Compare with this model: KL(it || MODEL), top-1 agreement.")
+@click.option("--against-backend", type=click.Choice(BACKENDS), help="Compare with this backend.")
+@click.option("--by-token", is_flag=True, help="Compute token by token, as generation does; slower.")
+@engine_options
+@json_option
+def evaluate(
+    model: str,
+    text: Path,
+    tokens: int | None,
+    window: int,
+    against: str | None,
+    against_backend: str | None,
+    by_token: bool,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure a model's perplexity on a text, in windows that do not overlap.
+
+    The first token of each window is not scored and no special tokens are added. Standard errors take windows as the
+    independent units. MODEL is a name in the store or a path; the default is smollm2.
+    """
+    from ondevice.model import load
+    from ondevice_eval.evaluation import evaluate as score
+
+    content = _read(text)
+    with reporting() as progress:
+        loaded = load(model, backend=backend, threads=threads, progress=progress)
+        other = None
+        if against is not None or against_backend is not None:
+            other = load(against or model, backend=against_backend or backend, threads=threads, progress=progress)
+            _same_vocabulary(loaded, other)
+        ids = loaded.tokenizer.encode(content, add_special=False)[:tokens]
+        decoder = None if other is None else other.decoder
+        scores = score(loaded.decoder, ids, window, decoder, by_token, progress)
+    report = _report(scores, compared=other is not None)
+    click.echo(json.dumps(report, indent=1) if as_json else _for_people(report))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise OndeviceError(f"{path}: not UTF-8 at byte {e.start}; convert it first") from e
+
+
+def _same_vocabulary(a: Model, b: Model) -> None:
+    """Equal ids must mean equal tokens, or comparing distributions over them means nothing."""
+    sizes = a.spec.vocab_size, b.spec.vocab_size
+    same = sizes[0] == sizes[1] and all(
+        a.tokenizer.token_bytes(i) == b.tokenizer.token_bytes(i) for i in range(sizes[0])
+    )
+    if not same:
+        raise OptionError(
+            f"{a.name} and {b.name} have different vocabularies, so they cannot be compared token by token"
+        )
+
+
+def _report(scores: Scores, compared: bool) -> dict[str, Any]:
+    perplexity, error = math.exp(scores.nll), scores.nll_stderr
+    return {
+        "tokens": scores.tokens,
+        "windows": len(scores.windows),
+        "nll": scores.nll,
+        "nll_stderr": error,
+        "perplexity": perplexity,
+        "stderr": None if error is None else perplexity * error,
+        "kl": scores.kl if compared else None,
+        "top1_agreement": scores.agreement if compared else None,
+        "ffn_density": 1.0,
+        "head_density": 1.0,
+    }
+
+
+def _for_people(report: dict[str, Any]) -> str:
+    error = report["stderr"]
+    spread = "(one window: no standard error)" if error is None else f"± {error:.3f} (standard error over windows)"
+    lines = [
+        f"perplexity  {report['perplexity']:.3f} {spread}",
+        f"nll         {report['nll']:.5f} nats per token, {report['tokens']} tokens in {report['windows']} windows",
+    ]
+    if report["kl"] is not None:
+        lines.append(f"KL          {report['kl']:.3e} nats per token")
+        lines.append(f"top-1       {100 * report['top1_agreement']:.3f} % agreement")
+    return "\n".join(lines)

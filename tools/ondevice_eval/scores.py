@@ -1,0 +1,101 @@
+"""From logits to scores: negative log-likelihood, KL divergence and agreement, with their standard errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROWS = 64
+"""Positions worked on at once: float64 copies of a large vocabulary's logits stay small."""
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Natural log-probabilities in float64: [N, vocab] -> [N, vocab]."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max(axis=-1, keepdims=True)
+    scores -= np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+    return scores
+
+
+@dataclass(slots=True)
+class Window:
+    """Sums over the scored tokens of one window.
+
+    Args:
+        tokens: scored.
+        nll: sum of negative log-likelihoods, nats.
+        kl: sum of KL(other || model), nats.
+        agreed: tokens where both models find the same one most likely.
+    """
+
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+
+    def add(
+        self,
+        logits: NDArray[np.float32],
+        targets: NDArray[np.int64],
+        other: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Scores positions.
+
+        Args:
+            logits: [N, vocab], of the model.
+            targets: [N], the tokens that came next.
+            other: [N, vocab], of the model that it is compared with.
+        """
+        for start in range(0, len(targets), ROWS):
+            part = slice(start, start + ROWS)
+            mine, wanted = log_softmax(logits[part]), targets[part]
+            self.nll -= float(mine[np.arange(len(wanted)), wanted].sum())
+            if other is not None:
+                theirs = log_softmax(other[part])
+                self.kl += float((np.exp(theirs) * (theirs - mine)).sum())
+                self.agreed += int((mine.argmax(axis=-1) == theirs.argmax(axis=-1)).sum())
+        self.tokens += len(targets)
+
+
+@dataclass(slots=True)
+class Scores:
+    """All windows of a text."""
+
+    windows: list[Window] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored."""
+        return sum(w.tokens for w in self.windows)
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood per token, nats."""
+        return sum(w.nll for w in self.windows) / self.tokens
+
+    @property
+    def nll_stderr(self) -> float | None:
+        """Standard error of `nll` with windows as the independent units; None for a single window.
+
+        Tokens of one window share their topic, so treating them as independent would promise too much.
+
+        Source: the ratio estimator's variance over clusters (Cochran, Sampling Techniques, section 6.3).
+        """
+        count, mean = len(self.windows), self.nll
+        if count < 2:
+            return None
+        squares = sum((w.nll - mean * w.tokens) ** 2 for w in self.windows)
+        return math.sqrt(count / (count - 1) * squares) / self.tokens
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(other || model) per token, nats."""
+        return sum(w.kl for w in self.windows) / self.tokens
+
+    @property
+    def agreement(self) -> float:
+        """Share of tokens where both models find the same one most likely."""
+        return sum(w.agreed for w in self.windows) / self.tokens
