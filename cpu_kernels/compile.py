@@ -2,8 +2,8 @@
 
 A kernel is a Numba function `(arguments, tile, thread)` of int64: the address of its packed arguments, which piece of
 the work to do, and which thread does it. All kernels have this one C signature, so that a program is a list of
-addresses. Kernels are compiled when first needed and kept in a folder of our own, keyed by everything that their machine
-code depends on: Numba itself looks only at the file of the function, not at the intrinsics that it calls.
+addresses. Kernels are compiled when first needed and kept in a folder of our own, keyed by everything that their
+machine code depends on: Numba itself looks only at the file of the function, not at the intrinsics that it calls.
 """
 
 from __future__ import annotations
