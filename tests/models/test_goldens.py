@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from ondevice.checkpoint import open_checkpoint
-from ondevice.checkpoint.json_file import read_json
 from ondevice.checkpoint.names import hub_name
 from ondevice.decoder import Decoder
 from ondevice.ops.reference import ReferenceOps
@@ -49,11 +49,8 @@ def test_a_saved_configuration_says_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3_layer_types"])
 def test_a_hub_folder_gives_the_judges_logits(name: str, tmp_path: Path) -> None:
-    import json
-
     saved = golden_about(TRANSFORMERS)["cases"][name]
     (tmp_path / "config.json").write_text(json.dumps(saved["config"]))
-    assert read_json(tmp_path / "config.json")["model_type"] == CASES[name]["model_type"]
     tensors = {hub_name(key): values for key, values in case_tensors(name).items()}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with open_checkpoint(tmp_path) as checkpoint:
