@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cpu_kernels import simd
-from cpu_kernels.compile import Kernel, kernel, unpack
+from cpu_kernels.compile import Kernel, kernel, named, unpack
 from cpu_kernels.rows import tanh
 from cpu_kernels.simd import (
     I64,
@@ -135,6 +135,7 @@ def _chunk(group: int, padded: int):
     result, row = result_bytes(padded), CHUNK * 4
 
     @numba.njit(error_model="numpy")
+    @named(f"{group}x{padded}")
     def soften(at, first, last, start, end, softcap):
         """Caps and masks the scores of one head; the largest."""
         peak = splat_f32(F32(-1e30))
@@ -149,6 +150,7 @@ def _chunk(group: int, padded: int):
         return largest(peak)
 
     @numba.njit(error_model="numpy")
+    @named(f"{group}x{padded}")
     def chunk(out, q, work, pages, keys, values, page_bytes, heads, kv_head, start, end, softcap):
         """Positions start..end-1 of one chunk. pages: the slot's row of the block table."""
         first = start // 16 * 16

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -62,11 +63,20 @@ def call_kernel(context, function, arguments, tile, thread):
     return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels of this version, Numba and instruction set are kept."""
+def _digest_of_sources() -> bytes:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
+    return digest.digest()
+
+
+_SOURCES = _digest_of_sources()
+"""Taken at import: a process that outlives an upgrade must not file its old code under the new one's name."""
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels of this version, Numba and instruction set are kept."""
+    digest = hashlib.sha256(_SOURCES)
     codegen = cpu_target.target_context.codegen()
     versions = (numba.__version__, llvmlite.__version__, codegen._tm_features, codegen._llvm_module.triple)
     digest.update(repr(versions).encode())
@@ -82,6 +92,22 @@ def our_cache():
         yield
     finally:
         config.CACHE_DIR = before
+
+
+def named(label: str) -> Callable[[Callable], Callable]:
+    """Decorator: puts a label into a function's name, and so into the names of its machine code.
+
+    Numba tells functions of one name apart by a number that starts anew in every process. Two shapes of a function
+    cached by two processes could carry one symbol, and whichever a third process loaded first would stand for both.
+    """
+
+    def rename(function: Callable) -> Callable:
+        word = re.sub(r"\W+", "_", label)
+        function.__name__ += f"_{word}"
+        function.__qualname__ += f"_{word}"
+        return function
+
+    return rename
 
 
 class _LabelledCache(FunctionCache):
@@ -118,7 +144,7 @@ class Kernel:
     """
 
     def __init__(self, function: Callable, label: str) -> None:
-        self.function, self.label = function, label
+        self.function, self.label = named(label)(function), label
         self._compiled = None
 
     @property

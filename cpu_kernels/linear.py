@@ -1,10 +1,16 @@
 """Matrix products with weights in tiles of 16 rows, for one token or many.
 
-A lane of a vector is a row, so sums never cross lanes. A quantized tile is a run of groups; a group of `group_size`
-inputs holds its codes, then 16 scales, then 16 biases (none if symmetric):
+A lane of a vector is a row, so sums never cross lanes. Codes of 32 inputs are vectors of [16 rows][4 bytes]:
 
-    4 bits, per 32 inputs:  4 x [16 rows][4 bytes]; byte i of quad j is input 4j+i low, input 16+4j+i high
-    8 bits, per 32 inputs:  8 x [16 rows][4 bytes]; byte i of quad j is input 4j+i
+    8 bits: 8 vectors; byte i of vector j is input 4j+i
+    4 bits: 4 vectors; byte i of vector j is input 4j+i in its low half, input 16+4j+i in its high half
+    5 bits: those of 4 bits, then 1 vector; bit j of its byte i is the fifth of input 4j+i
+    6 bits: those of 4 bits, then 2 vectors, of inputs 0-15 and 16-31; bits 2j, 2j+1 of byte i belong to input 4j+i
+
+A tile is a run of groups. Where scales are floats ("f16", "f32"), a group holds the codes of its inputs, then 16
+scales, then 16 biases (none if symmetric). Where scales are bytes under a float16 factor, a group is 256 inputs and
+holds 16 factors (of the biases too, for "k32"), then for each 32 inputs their codes, 16 bytes of scales ("k16": two
+times, for each half) and, for "k32", 16 bytes of biases. "k32" is Q4_K and Q5_K, "k16" is Q6_K, which is symmetric.
 
 Activations are int8 with one scale per 32, in one plane, or in two (the second holds what rounding left, in 1/256)
 where a model needs nearly exact inputs. A float tile is [in][16 rows].
@@ -34,10 +40,14 @@ META = 32
 _LOADS = {"f32": (simd.load_f32, 4), "f16": (simd.load_f16, 2), "bf16": (simd.load_bf16, 2)}
 
 
-def tile_bytes(inputs: int, bits: int, group_size: int, scale_bytes: int, symmetric: bool) -> int:
+def tile_bytes(inputs: int, bits: int, group_size: int, kind: str, symmetric: bool) -> int:
     """Bytes of a tile of 16 quantized rows."""
-    group = group_size * bits * 2 + 16 * scale_bytes * (1 if symmetric else 2)
-    return inputs // group_size * group
+    codes = inputs * bits * 2
+    if kind == "k32":
+        return codes + inputs // 256 * 64 + inputs // 32 * 32
+    if kind == "k16":
+        return codes + inputs // 256 * 32 + inputs // 16 * 16
+    return codes + inputs // group_size * 16 * (4 if kind == "f32" else 2) * (1 if symmetric else 2)
 
 
 def _stack_vector(b, kind, count):
@@ -55,7 +65,20 @@ def _unpacked(b, address, bits):
         loaded.append(simd.load_bytes.build(b, offset(b, address, 64 * j)))
     if bits == 8:
         return loaded
-    return [simd.low_nibbles.build(b, v) for v in loaded] + [simd.high_nibbles.build(b, v) for v in loaded]
+    nibbles, high = loaded[:4], loaded[4:]
+    codes = [simd.low_nibbles.build(b, v) for v in nibbles] + [simd.high_nibbles.build(b, v) for v in nibbles]
+    if bits == 5:
+        return [b.or_(code, _moved(b, high[0], j, 16)) for j, code in enumerate(codes)]
+    if bits == 6:
+        return [b.or_(code, _moved(b, high[j // 4], j % 4 * 2, 48)) for j, code in enumerate(codes)]
+    return codes
+
+
+def _moved(b, v, position, mask):
+    """The bits of each byte from `position` on, moved up to bit 4."""
+    distance = ir.Constant(simd.B.llvm, [abs(4 - position)] * 64)
+    v = b.shl(v, distance) if position < 4 else b.lshr(v, distance)
+    return b.and_(v, ir.Constant(simd.B.llvm, [mask] * 64))
 
 
 def _integer_dot(b, codes, q, start):
@@ -67,55 +90,111 @@ def _integer_dot(b, codes, q, start):
     return b.add(*chains)
 
 
-def _group_dot(b, codes, q, low, meta, bits, planes, symmetric):
-    """Integer products of 32 inputs as floats, still to be multiplied by the weights' scale."""
+def _group_dots(b, codes, q, low, meta, bits, planes, symmetric, parts):
+    """Integer products of 32 inputs, in 1 or 2 parts, as floats still to be multiplied by the weights' scales."""
     zero = simd.ints(0)
-    start = zero
+    starts = [zero] * parts
     if symmetric:
-        total = simd.splat_i32_at.build(b, offset(b, meta, 8 if planes == 1 else 20))
-        start = b.sub(zero, b.shl(total, simd.ints(bits - 1)))
-    if planes == 1:
-        dot = _integer_dot(b, codes, q, start)
-    else:
-        high = b.shl(_integer_dot(b, codes, q, zero), simd.ints(8))
-        dot = b.add(high, _integer_dot(b, codes, low, start))
+        whole = simd.splat_i32_at.build(b, offset(b, meta, 8 if planes == 1 else 20))
+        sums = [whole]
+        if parts == 2:
+            first = simd.splat_i32_at.build(b, offset(b, meta, 24 if planes == 1 else 28))
+            sums = [first, b.sub(whole, first)]
+        starts = [b.sub(zero, b.shl(total, simd.ints(bits - 1))) for total in sums]
     scale = simd.splat_f32_at.build(b, offset(b, meta, 0 if planes == 1 else 12))
-    return b.fmul(simd.to_float.build(b, dot), scale)
+    dots = []
+    for part, start in enumerate(starts):
+        some = codes[part * len(codes) // parts : (part + 1) * len(codes) // parts]
+        at = 32 // parts * part
+        if planes == 1:
+            dot = _integer_dot(b, some, offset(b, q, at), start)
+        else:
+            high = b.shl(_integer_dot(b, some, offset(b, q, at), zero), simd.ints(8))
+            dot = b.add(high, _integer_dot(b, some, offset(b, low, at), start))
+        dots.append(b.fmul(simd.to_float.build(b, dot), scale))
+    return dots
+
+
+class _PlainScales:
+    """Scales and biases as floats behind the codes of a group."""
+
+    def __init__(self, kind, bits, symmetric):
+        self.load, self.size = _LOADS[kind]
+        self.symmetric, self.bits, self.parts = symmetric, bits, 1
+
+    def begin(self, b, at, subgroups):
+        """Loads a group's numbers. Returns where its codes begin."""
+        address = b.add(at, b.mul(subgroups, I64(64 * self.bits)))
+        self.scale = self.load.build(b, address)
+        self.bias = None if self.symmetric else self.load.build(b, offset(b, address, 16 * self.size))
+        return at
+
+    def inner(self, b, after_codes):
+        """Scales of each part and bias of 32 inputs, and where the next codes begin."""
+        return [self.scale], self.bias, after_codes
+
+    def end(self, b, at):
+        """Where the next group begins."""
+        return offset(b, at, 16 * self.size * (1 if self.symmetric else 2))
+
+
+class _ByteScales:
+    """Scales as bytes behind the codes of every 32 inputs, under factors at the beginning of 256."""
+
+    def __init__(self, kind):
+        self.symmetric, self.parts = kind == "k16", 2 if kind == "k16" else 1
+
+    def begin(self, b, at, subgroups):
+        self.factor = simd.load_f16.build(b, at)
+        if self.symmetric:
+            return offset(b, at, 32)
+        self.bias_factor = simd.load_f16.build(b, offset(b, at, 32))
+        return offset(b, at, 64)
+
+    def inner(self, b, after_codes):
+        load = simd.load_i8 if self.symmetric else simd.load_u8
+        scales = [b.fmul(self.factor, load.build(b, offset(b, after_codes, 16 * part))) for part in range(self.parts)]
+        if self.symmetric:
+            return scales, None, offset(b, after_codes, 32)
+        bias = b.fmul(self.bias_factor, simd.load_u8.build(b, offset(b, after_codes, 16)))
+        return scales, bias, offset(b, after_codes, 32)
+
+    def end(self, b, at):
+        return at
 
 
 @functools.cache
-def _quantized_product(tokens, bits, planes, scale_kind, symmetric):
+def _quantized_product(tokens, bits, planes, kind, symmetric):
     """Intrinsic: one tile of rows times `tokens` rows of activations -> that many vectors."""
-    load_scale, scale_size = _LOADS[scale_kind]
     result = types.UniTuple(F, tokens)
 
     @intrinsic
     def product(context, weight, q, q_stride, width, meta, meta_stride, groups, subgroups):
         def codegen(ctx, b, signature, args):
             weight, q, q_stride, width, meta, meta_stride, groups, subgroups = args
+            form = _ByteScales(kind) if kind in ("k16", "k32") else _PlainScales(kind, bits, symmetric)
             sums, offsets = _stack_vector(b, F.llvm, tokens), _stack_vector(b, F.llvm, tokens)
             at, column = cgutils.alloca_once_value(b, weight), cgutils.alloca_once_value(b, I64(0))
-            code_bytes = b.mul(subgroups, I64(64 * bits))
             with cgutils.for_range(b, groups):
-                scales = b.add(b.load(at), code_bytes)
-                scale = load_scale.build(b, scales)
-                bias = None if symmetric else load_scale.build(b, offset(b, scales, 16 * scale_size))
+                b.store(form.begin(b, b.load(at), subgroups), at)
                 with cgutils.for_range(b, subgroups):
                     codes = _unpacked(b, b.load(at), bits)
+                    scales, bias, after = form.inner(b, offset(b, b.load(at), 64 * bits))
+                    b.store(after, at)
                     here = b.load(column)
+                    b.store(offset(b, here, 32), column)
                     for t in range(tokens):
                         row = b.add(b.add(q, b.mul(q_stride, I64(t))), here)
                         # 32 bytes of meta per 32 inputs: the offset of a group is that of its inputs.
                         numbers = b.add(b.add(meta, b.mul(meta_stride, I64(t))), here)
                         low = b.add(row, width)
-                        dot = _group_dot(b, codes, row, low, numbers, bits, planes, symmetric)
-                        b.store(simd.fma.build(b, dot, scale, b.load(sums[t])), sums[t])
-                        if not symmetric:
+                        dots = _group_dots(b, codes, row, low, numbers, bits, planes, symmetric, form.parts)
+                        for dot, scale in zip(dots, scales):
+                            b.store(simd.fma.build(b, dot, scale, b.load(sums[t])), sums[t])
+                        if bias is not None:
                             total = simd.splat_f32_at.build(b, offset(b, numbers, 4 if planes == 1 else 16))
                             b.store(simd.fma.build(b, bias, total, b.load(offsets[t])), offsets[t])
-                    b.store(offset(b, b.load(at), 64 * bits), at)
-                    b.store(offset(b, here, 32), column)
-                b.store(offset(b, b.load(at), 16 * scale_size * (1 if symmetric else 2)), at)
+                b.store(form.end(b, b.load(at)), at)
             values = [b.fadd(b.load(s), b.load(o)) for s, o in zip(sums, offsets)]
             return ctx.make_tuple(b, signature.return_type, values)
 
@@ -183,19 +262,19 @@ def _span(tile, n_rows, rows_each, n_tokens, tokens_each):
 
 
 @functools.cache
-def quantized_linear(bits: int, planes: int, scale_kind: str, symmetric: bool) -> Kernel:
+def quantized_linear(bits: int, planes: int, kind: str, symmetric: bool) -> Kernel:
     """Kernel: out = activations x weights^T (+ bias) (+ residual).
 
     Args:
-        bits: 4 or 8.
+        bits: 4, 5, 6 or 8.
         planes: of the activations used, 1 or 2.
-        scale_kind: "f16" or "f32", of scales and biases.
+        kind: how scales are kept: "f16", "f32", "k32" or "k16".
         symmetric: codes are relative to the middle of their range, and there are no biases.
     """
-    one = _quantized_product(1, bits, planes, scale_kind, symmetric)
-    many = _quantized_product(BLOCK, bits, planes, scale_kind, symmetric)
+    one = _quantized_product(1, bits, planes, kind, symmetric)
+    many = _quantized_product(BLOCK, bits, planes, kind, symmetric)
 
-    @kernel(f"linear {bits} bits x{planes} {scale_kind}{' symmetric' if symmetric else ''}")
+    @kernel(f"linear {bits} bits x{planes} {kind}{' symmetric' if symmetric else ''}")
     def linear(arguments, tile, thread):
         (out, out_stride, weight, weight_stride, n_rows, rows_each, q, width, meta, n_tokens, tokens_each, groups,
          subgroups, bias, residual, residual_stride) = unpack(arguments, "iiiiiiiiiiiiiiii")  # fmt: skip

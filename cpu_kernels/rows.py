@@ -42,7 +42,8 @@ def quantize_row(x, q, meta, n):
     """int8 planes of n floats (n a multiple of 32), one scale per 32.
 
     q holds n bytes of the first plane, then n of the second. Per group, 8 words of meta: scale d, d * sum, sum (int32)
-    of the first plane; then the same of both planes together, in steps of d / 256; two unused. A group of zeros gives
+    of the first plane; the same of both planes together, in steps of d / 256; then the two integer sums over the first
+    16 values alone. A group of zeros gives
     zeros; NaN or infinity anywhere makes the scale NaN, so that it is not lost.
     """
     for group in range(n // 32):
@@ -63,7 +64,9 @@ def quantize_row(x, q, meta, n):
         store_i8(here + 16, h1)
         store_i8(here + n, l0)
         store_i8(here + n + 16, l1)
-        high = total_i32(add_i32(h0, h1))
+        half = total_i32(h0)
+        high = half + total_i32(h1)
+        half_both = half * 256 + total_i32(l0)
         both = high * 256 + total_i32(add_i32(l0, l1))
         m = meta + group * 32
         set_f32(m, d)
@@ -72,6 +75,8 @@ def quantize_row(x, q, meta, n):
         set_f32(m + 12, d / F32(256))
         set_f32(m + 16, d / F32(256) * F32(both))
         set_i32(m + 20, both)
+        set_i32(m + 24, half)
+        set_i32(m + 28, half_both)
 
 
 @numba.njit(error_model="numpy")

@@ -201,6 +201,11 @@ def set_u8(b, a, x):
     b.store(b.trunc(x, I8), pointer(b, a, I8))
 
 
+@op(S(A))
+def i8_at(b, a):
+    return b.sitofp(b.load(pointer(b, a, I8)), SINGLE)
+
+
 @op(F(A))
 def load_f32(b, a):
     return b.load(pointer(b, a, F.llvm), align=4)
@@ -225,6 +230,20 @@ def store_f16(b, a, v):
 def load_bf16(b, a):
     raw = b.load(pointer(b, a, ir.VectorType(I16, LANES)), align=2)
     return b.bitcast(b.shl(b.zext(raw, I.llvm), ints(16)), F.llvm)
+
+
+@op(F(A))
+def load_u8(b, a):
+    """16 unsigned bytes as floats."""
+    raw = b.load(pointer(b, a, ir.VectorType(I8, LANES)), align=1)
+    return b.uitofp(b.zext(raw, I.llvm), F.llvm)
+
+
+@op(F(A))
+def load_i8(b, a):
+    """16 signed bytes as floats."""
+    raw = b.load(pointer(b, a, ir.VectorType(I8, LANES)), align=1)
+    return b.sitofp(b.sext(raw, I.llvm), F.llvm)
 
 
 @op(B(A))

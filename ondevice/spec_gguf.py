@@ -43,7 +43,8 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise fields.unsupported("attention.value_length", "keys and values of different length are not supported")
     context = fields.integer("context_length", high=MAX_CONTEXT)
-    window = fields.integer("attention.sliding_window", 0, low=0, high=MAX_CONTEXT)
+    # Only Mistral's first models slide; Qwen's files may state a window that the model was told not to use.
+    window = fields.integer("attention.sliding_window", 0, low=0, high=MAX_CONTEXT) if architecture == "llama" else 0
     spec = ModelSpec(
         architecture="mistral" if architecture == "llama" and window else architecture,
         n_layers=n_layers,
@@ -146,8 +147,8 @@ def _rope(file: GgufFile, fields: Fields, head_dim: int, context: int) -> RopeSp
             long_factors=tuple(x * stretch for x in long),
         )
     if scaling == "linear" and factor != 1:
-        return RopeSpec(dim=dim, theta=theta, scaling="linear", factor=factor)
-    return RopeSpec(dim=dim, theta=theta)
+        return RopeSpec(dim=dim, theta=theta, scaling="linear", factor=factor, attention_factor=attention)
+    return RopeSpec(dim=dim, theta=theta, attention_factor=attention)
 
 
 def _divisors(file: GgufFile, name: str, dim: int) -> tuple[float, ...]:

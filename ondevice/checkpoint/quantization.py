@@ -14,27 +14,36 @@ from numpy.typing import NDArray
 
 from ondevice.errors import OptionError
 
-BITS = (4, 8)
+BITS = (4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+SUPER_BLOCK = 256
+"""Inputs whose group scales share one float, where scales are themselves integers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
     """A weight matrix [out, in] in affine groups.
 
+    GGUF's K types keep scales as integers under a float16 scale per 256 inputs; both parts are kept, since their
+    product needs more bits than either.
+
     Args:
         packed: uint32 [out, in * bits / 32].
-        scales: float16, bfloat16 or float32 [out, in / group_size].
-        biases: as scales.
-        bits: 4 or 8.
-        group_size: 32, 64 or 128.
+        scales: float16, bfloat16 or float32 [out, in / group_size]; integers where there are super_scales.
+        biases: as scales; None means -scale * 2**(bits - 1), codes relative to the middle of their range.
+        bits: 4, 5, 6 or 8.
+        group_size: 32, 64 or 128; also 16 where there are super_scales.
+        super_scales: float16 [out, in / 256], factors of the scales.
+        super_biases: float16 [out, in / 256], factors of the biases.
     """
 
     packed: NDArray[np.uint32]
     scales: NDArray[Any]
-    biases: NDArray[Any]
+    biases: NDArray[Any] | None
     bits: int
     group_size: int
+    super_scales: NDArray[np.float16] | None = None
+    super_biases: NDArray[np.float16] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,13 +51,34 @@ class Quantized:
         return self.packed.shape[0], self.packed.shape[1] * 32 // self.bits
 
     @property
+    def _parts(self) -> tuple[NDArray[Any] | None, ...]:
+        return self.packed, self.scales, self.biases, self.super_scales, self.super_biases
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weights, scales and biases."""
-        return int(self.packed.nbytes + self.scales.nbytes + self.biases.nbytes)
+        return sum(int(part.nbytes) for part in self._parts if part is not None)
 
     def rows(self, index: NDArray[Any] | slice) -> Quantized:
         """The same weights with rows selected or reordered; nothing is requantized."""
-        return Quantized(self.packed[index], self.scales[index], self.biases[index], self.bits, self.group_size)
+        packed, scales, biases, *supers = (None if part is None else part[index] for part in self._parts)
+        assert packed is not None and scales is not None
+        return Quantized(packed, scales, biases, self.bits, self.group_size, *supers)
+
+    def affine(self, dtype: Any = np.float32) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Scales and biases as plain floats [out, in / group_size]; exact in float32."""
+        scales = self.scales.astype(dtype)
+        if self.super_scales is not None:
+            scales *= self._spread(self.super_scales, dtype)
+        if self.biases is None:
+            return scales, scales * dtype(-(2 ** (self.bits - 1)))
+        biases = self.biases.astype(dtype)
+        if self.super_biases is not None:
+            biases *= self._spread(self.super_biases, dtype)
+        return scales, biases
+
+    def _spread(self, factors: NDArray[Any], dtype: Any) -> NDArray[Any]:
+        return np.repeat(factors.astype(dtype), SUPER_BLOCK // self.group_size, axis=1)
 
 
 Tensor = NDArray[Any] | Quantized
@@ -56,28 +86,41 @@ Tensor = NDArray[Any] | Quantized
 
 
 def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
-    """Packs unsigned integers along the last axis.
+    """Packs unsigned integers along the last axis into a stream of bits.
 
     Args:
-        q: uint8 [..., in], each below 2**bits.
-        bits: 4 or 8.
+        q: uint8 [..., in], each below 2**bits; `in` a multiple of 32.
+        bits: 4, 5, 6 or 8.
 
     Returns:
         uint32 [..., in * bits / 32], the first value in the lowest bits.
     """
-    if bits == 4:
-        q = q[..., 0::2] | (q[..., 1::2] << np.uint8(4))
-    return np.ascontiguousarray(q).view(np.dtype("<u4"))
+    if bits == 8:
+        return np.ascontiguousarray(q).view(np.dtype("<u4"))
+    # Values that fill whole bytes together: 2 of 4 bits, 8 of 5, 4 of 6.
+    count = {4: 2, 5: 8, 6: 4}[bits]
+    nbytes = count * bits // 8
+    word = np.uint8 if nbytes == 1 else np.dtype("<u8")
+    joined: NDArray[Any] = np.zeros((*q.shape[:-1], q.shape[-1] // count), word)
+    for i in range(count):
+        joined |= np.left_shift(q[..., i::count].astype(word), i * bits, dtype=word)
+    octets = joined[..., None].view(np.uint8)[..., :nbytes]
+    return np.ascontiguousarray(octets.reshape(*q.shape[:-1], -1)).view(np.dtype("<u4"))
 
 
 def unpack(packed: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     """The inverse of `pack`: uint32 [..., words] -> uint8 [..., words * 32 / bits]."""
-    b = np.ascontiguousarray(packed).view(np.uint8)
+    octets = np.ascontiguousarray(packed).view(np.uint8)
     if bits == 8:
-        return b
-    out = np.empty((*b.shape[:-1], b.shape[-1] * 2), np.uint8)
-    out[..., 0::2] = b & 15
-    out[..., 1::2] = b >> 4
+        return octets
+    out = np.empty((*octets.shape[:-1], octets.shape[-1] * 8 // bits), np.uint8)
+    count = {4: 2, 5: 8, 6: 4}[bits]
+    nbytes = count * bits // 8
+    joined = np.zeros((*octets.shape[:-1], octets.shape[-1] // nbytes), np.dtype("<u8"))
+    for i in range(nbytes):
+        joined |= octets[..., i::nbytes].astype(np.uint64) << np.uint64(8 * i)
+    for i in range(count):
+        out[..., i::count] = (joined >> np.uint64(i * bits)) & np.uint64(2**bits - 1)
     return out
 
 
@@ -95,7 +138,8 @@ def dequantize(w: Tensor, dtype: Any = np.float32) -> NDArray[Any]:
         return w.astype(dtype)
     out, inputs = w.shape
     q = unpack(w.packed, w.bits).reshape(out, -1, w.group_size).astype(dtype)
-    return (q * w.scales.astype(dtype)[..., None] + w.biases.astype(dtype)[..., None]).reshape(out, inputs)
+    scales, biases = w.affine(np.dtype(dtype).type)
+    return (q * scales[..., None] + biases[..., None]).reshape(out, inputs)
 
 
 def quantize(w: NDArray[Any], bits: int = 4, group_size: int = 64, dtype: Any = np.float16) -> Quantized:
@@ -103,7 +147,7 @@ def quantize(w: NDArray[Any], bits: int = 4, group_size: int = 64, dtype: Any = 
 
     Args:
         w: float [out, in].
-        bits: 4 or 8.
+        bits: 4, 5, 6 or 8.
         group_size: 32, 64 or 128; must divide `in`.
         dtype: of scales and biases.
 

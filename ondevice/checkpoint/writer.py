@@ -15,9 +15,9 @@ from ondevice.checkpoint.atomic import atomic_folder
 from ondevice.checkpoint.json_file import read_json
 from ondevice.checkpoint.names import hub_name
 from ondevice.checkpoint.progress import Progress, silent
-from ondevice.checkpoint.quantization import Quantized, Tensor
+from ondevice.checkpoint.quantization import GROUP_SIZES, Quantized, Tensor
 from ondevice.checkpoint.safetensors import write_safetensors
-from ondevice.errors import CheckpointError
+from ondevice.errors import CheckpointError, UnsupportedModelError
 from ondevice.spec import ModelSpec
 from ondevice.spec_hub import config_from_spec
 
@@ -97,12 +97,17 @@ class _Shards:
     def add(self, name: str, tensor: Tensor) -> None:
         if isinstance(tensor, Quantized):
             module = name.removesuffix(".weight")
+            if tensor.group_size not in GROUP_SIZES:
+                raise UnsupportedModelError(
+                    self.folder,
+                    f"groups of {tensor.group_size} have no place in this format; dequantize or requantize them first",
+                    name,
+                )
             self.kinds[module] = tensor.bits, tensor.group_size
-            parts = {
-                name: tensor.packed,
-                f"{module}.scales": tensor.scales,
-                f"{module}.biases": tensor.biases,
-            }
+            plain = tensor.super_scales is None and tensor.biases is not None
+            scales, biases = (tensor.scales, tensor.biases) if plain else tensor.affine()
+            assert biases is not None
+            parts = {name: tensor.packed, f"{module}.scales": scales, f"{module}.biases": biases}
         else:
             parts = {name: tensor}
         size = sum(array.nbytes for array in parts.values())

@@ -18,7 +18,7 @@ from ondevice.checkpoint.quantization import Tensor, dequantize
 from ondevice.machine import default_threads
 from ondevice.ops.base import Body, Ops, Step
 from ondevice.ops.cpu_program import Block, Program
-from ondevice.ops.cpu_weights import FLOAT_CODES, Tiles, pack_rows
+from ondevice.ops.cpu_weights import FLOAT_CODES, Format, Tiles, pack_rows
 
 if TYPE_CHECKING:
     from ondevice.generation.kv_cache import KVCache
@@ -96,7 +96,7 @@ class CpuOps(Ops):
         self.threads = threads or default_threads()
         self.pool = shared_pool(self.threads)
         self._quantized = False
-        self._kernels: set[Kernel] = set()
+        self._kernels: dict[Kernel, None] = {}
         self._programs: weakref.WeakKeyDictionary[KVCache, dict[Any, Program]] = weakref.WeakKeyDictionary()
         self._recording: Program | None = None
         self._one_step = threading.Lock()
@@ -107,14 +107,17 @@ class CpuOps(Ops):
     def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tiles]:
         made = pack_rows(self.pool, weights, biases, PLANES)
         self._quantized |= any(t.format.bits for t in made)
-        self._kernels.update(self._linear_kernel(t) for t in made)
+        self._kernels.update(dict.fromkeys(self._linear_kernel(t) for t in made))
         return made
 
     def pack_embedding(self, table: Tensor) -> Tiles:
-        return pack_rows(self.pool, [table], [None], PLANES)[0]
+        tiles = pack_rows(self.pool, [table], [None], PLANES)[0]
+        self._kernels[_embed_kernel(tiles.format)] = None
+        return tiles
 
     def pack_tied(self, table: Tensor) -> tuple[Tiles, list[Tiles]]:
         head = self.pack_linear([table], [None])
+        self._kernels[_embed_kernel(head[0].format)] = None
         return head[0], head
 
     def pack_norm(self, weight: Tensor, bias: Tensor | None, kind: str, eps: float, offset: float) -> _Norm:
@@ -135,20 +138,12 @@ class CpuOps(Ops):
     def prepare(self, spec: ModelSpec, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compiles every kernel that a model's steps can need, telling `progress` (done, of how many, what)."""
         shape = (spec.group, spec.head_dim)
-        kernels = [
-            *self._kernels,
-            rows.norm,
-            rows.activation,
-            rows.take,
-            rows.quantize,
-            rope.rope,
-            kv_pages.append,
-        ]
-        kernels += [attention.attention_tokens(*shape), attention.attention_chunks(*shape)]
-        kernels += [
-            attention.attention_merge(*shape),
-            pack.embed_quantized if self._quantized else pack.embed_floats,
-        ]
+        kernels = [*self._kernels, rows.norm, rows.activation, rows.take, rows.quantize, kv_pages.append]
+        kernels += [f(*shape) for f in (attention.attention_tokens, attention.attention_chunks)]
+        kernels += [attention.attention_merge(*shape)]
+        kernels += [rope.rope] if spec.rope else []
+        kernels += [rows.add_rows] if spec.post_norms or spec.position_offset is not None else []
+        kernels += [rows.softcap] if spec.logit_softcap else []
         compile_all(kernels, progress)
 
     # Cache and steps
@@ -212,15 +207,13 @@ class CpuOps(Ops):
     def embed(self, table: Tiles, rows: Any, scale: float = 1.0, offset: int = 0) -> Buffer:
         form = table.format
         out = self._new(len(rows), form.inputs)
-        common = (out.address, out.stride_bytes, table.data)
-        if form.bits:
-            wide = form.kind == "f32"
-            settings = (form.inputs, form.bits, form.group_size, wide, form.symmetric, float(scale))
-            arguments = (*common, form.tile_bytes, rows, offset, *settings)
-            self._program.add(pack.embed_quantized, len(rows), arguments)
-        else:
-            kind = FLOAT_CODES[form.kind]
-            self._program.add(pack.embed_floats, len(rows), (*common, rows, offset, form.inputs, kind, float(scale)))
+        place = (out.address, out.stride_bytes, table.data, form.tile_bytes, rows, offset, form.inputs)
+        layout: tuple[int, ...] = (FLOAT_CODES.get(form.kind, 0),)
+        if form.byte_scales:
+            layout = (form.bits, form.symmetric)
+        elif form.bits:
+            layout = (form.bits, form.group_size, form.size, form.symmetric)
+        self._program.add(_embed_kernel(form), len(rows), (*place, *layout, float(scale)))
         return out
 
     def norm(self, x: Buffer, weight: _Norm, heads: int = 1) -> Buffer:
@@ -365,6 +358,13 @@ class CpuOps(Ops):
 
 # The methods `rope` and `take` have parameters named like the modules.
 _rope_kernel, _take_kernel = rope.rope, rows.take
+
+
+def _embed_kernel(form: Format) -> Kernel:
+    """What looks rows of a format up."""
+    if form.byte_scales:
+        return pack.embed_byte_scales
+    return pack.embed_quantized if form.bits else pack.embed_floats
 
 
 def _padded(values: NDArray[np.float32]) -> NDArray[np.float32]:

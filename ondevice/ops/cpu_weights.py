@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cpu_kernels import linear, pack
 from cpu_kernels.threads import ThreadPool
-from ondevice.checkpoint.quantization import Quantized, Tensor, dequantize
+from ondevice.checkpoint.quantization import SUPER_BLOCK, Quantized, Tensor, dequantize
 from ondevice.ops.cpu_program import Program, aligned
 
 FLOAT_KINDS = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", np.dtype(ml_dtypes.bfloat16): "bf16"}
@@ -25,9 +25,9 @@ class Format:
 
     Args:
         inputs: width of a row.
-        bits: 4 or 8; 0 for floats.
-        group_size: inputs with a common scale.
-        kind: of the scales, or of the floats: "f32", "f16" or "bf16".
+        bits: 4, 5, 6 or 8; 0 for floats.
+        group_size: inputs with a common float: 32, 64, 128, or 256 where scales are bytes under factors.
+        kind: of the scales ("f32", "f16", "k32", "k16"; see cpu_kernels.linear) or floats ("f32", "f16", "bf16").
         symmetric: no biases, codes relative to the middle of their range.
     """
 
@@ -40,10 +40,19 @@ class Format:
     @property
     def tile_bytes(self) -> int:
         """Bytes of 16 rows."""
-        size = 4 if self.kind == "f32" else 2
         if not self.bits:
-            return 16 * self.inputs * size
-        return linear.tile_bytes(self.inputs, self.bits, self.group_size, size, self.symmetric)
+            return 16 * self.inputs * self.size
+        return linear.tile_bytes(self.inputs, self.bits, self.group_size, self.kind, self.symmetric)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a float, or of a scale."""
+        return 4 if self.kind == "f32" else 2
+
+    @property
+    def byte_scales(self) -> bool:
+        """Whether scales are bytes under factors."""
+        return self.kind in ("k16", "k32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +83,12 @@ def format_of(tensor: Tensor) -> Format:
     """The tile format that holds a tensor exactly."""
     if not isinstance(tensor, Quantized):
         return Format(tensor.shape[1], kind=FLOAT_KINDS.get(tensor.dtype, "f32"))
-    middle = -float(2 ** (tensor.bits - 1))
-    exact = tensor.scales.astype(np.float32) * middle
-    symmetric = bool(np.array_equal(exact, tensor.biases.astype(np.float32)))
-    half = tensor.scales.dtype == tensor.biases.dtype == np.float16
+    if tensor.super_scales is not None:
+        symmetric = tensor.biases is None
+        return Format(tensor.shape[1], tensor.bits, SUPER_BLOCK, "k16" if symmetric else "k32", symmetric)
+    scales, biases = tensor.affine()
+    symmetric = bool(np.array_equal(scales * np.float32(-(2 ** (tensor.bits - 1))), biases))
+    half = all(a is None or a.dtype == np.float16 for a in (tensor.scales, tensor.biases))
     kind = "f16" if half else "f32"
     return Format(tensor.shape[1], tensor.bits, tensor.group_size, kind, symmetric)
 
@@ -116,11 +127,15 @@ def _pack_tensor(pool: ThreadPool, form: Format, tensor: Tensor, address: int) -
     program = Program()
     rows, inputs = tensor.shape
     tiles = -(-rows // 16)
-    if isinstance(tensor, Quantized):
+    if isinstance(tensor, Quantized) and form.byte_scales:
+        parts = (tensor.packed, tensor.scales, tensor.biases, tensor.super_scales, tensor.super_biases)
+        arrays = [0 if a is None else np.ascontiguousarray(a) for a in parts]
+        program.add(pack.pack_byte_scales, tiles, (address, form.tile_bytes, *arrays, rows, inputs, form.bits))
+    elif isinstance(tensor, Quantized):
         scale_type: Any = np.float16 if form.kind == "f16" else np.float32
-        arrays = [np.ascontiguousarray(tensor.packed)]
-        arrays += [np.ascontiguousarray(a.astype(scale_type)) for a in (tensor.scales, tensor.biases)]
-        settings = (rows, inputs, form.bits, form.group_size, form.kind == "f32", form.symmetric)
+        arrays = [np.ascontiguousarray(tensor.packed), np.ascontiguousarray(tensor.scales.astype(scale_type))]
+        arrays.append(0 if form.symmetric else np.ascontiguousarray(tensor.affine()[1].astype(scale_type)))
+        settings = (rows, inputs, form.bits, form.group_size, form.size, form.symmetric)
         program.add(pack.pack_quantized, tiles, (address, form.tile_bytes, *arrays, *settings))
     else:
         known = tensor.dtype in FLOAT_KINDS

@@ -106,8 +106,8 @@ def test_unknown_tensor_name(tmp_path):
 
 
 def test_unsupported_type_is_refused_by_name(tmp_path):
-    path = tiny_gguf(tmp_path / "m.gguf", types={"layers.1.up.weight": "Q5_0"})
-    with pytest.raises(UnsupportedModelError, match=r"blk\.1\.ffn_up\.weight.*Q5_0.*Q8_0"):
+    path = tiny_gguf(tmp_path / "m.gguf", types={"layers.1.up.weight": "MXFP4"})
+    with pytest.raises(UnsupportedModelError, match=r"blk\.1\.ffn_up\.weight.*MXFP4.*Q8_0"):
         open_checkpoint(path)
 
 
