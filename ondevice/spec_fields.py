@@ -76,6 +76,10 @@ class Fields:
             raise self.error(key, f"{_short(value)} is no string")
         return value
 
+    def over(self, defaults: Mapping[str, Any]) -> Fields:
+        """These settings, and others for the keys that are missing; one that is null stays null."""
+        return Fields({**defaults, **self.values}, self.path, self.prefix)
+
     def sub(self, key: str) -> Fields:
         """The settings nested under a key, none if it is missing."""
         value = self.raw(key, {})

@@ -13,8 +13,14 @@ from ondevice.errors import CheckpointError, UnsupportedModelError
 from ondevice.spec import ModelSpec, RopeSpec
 from ondevice.spec_fields import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, Fields, check_spec
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Values of general.architecture; Mistral's files say llama."""
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2")
+"""Values of general.architecture; Mistral's files say llama. llama.cpp has no OPT."""
+NAMES = {"gemma3": "gemma3_text"}
+"""Architectures that are called otherwise on the Hub."""
+GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
+"""Layers of the models whose scores are not divided by the square root of head_dim; the files do not say."""
+GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+"""What files of Gemma 2 mean where they do not state it."""
 
 
 def spec_from_gguf(file: GgufFile) -> ModelSpec:
@@ -35,48 +41,122 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
             "general.architecture",
         )
     fields = Fields(file.metadata, file.path, architecture + ".")
-    _refuse(fields)
+    sizes = _sizes(file, fields)
+    _refuse(fields, architecture)
+    if architecture == "gpt2":
+        features = _gpt2(fields)
+    elif architecture in GEMMA_27B_LAYERS:
+        features = _gemma(file, fields, architecture, sizes)
+    else:
+        features = _llama(file, fields, architecture, sizes)
+    spec = ModelSpec(
+        **{"architecture": NAMES.get(architecture, architecture), **sizes, **features},
+        tied_head="output.weight" not in file.tensors,
+    )
+    return check_spec(spec, file.path)
+
+
+def _sizes(file: GgufFile, fields: Fields) -> dict[str, Any]:
+    """What all files state alike."""
     n_layers = fields.integer("block_count", high=MAX_LAYERS)
     d_model = fields.integer("embedding_length")
     n_heads = _uniform(fields, "attention.head_count", n_layers, MAX_HEADS)
     head_dim = fields.integer("attention.key_length", d_model // n_heads)
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise fields.unsupported("attention.value_length", "keys and values of different length are not supported")
-    context = fields.integer("context_length", high=MAX_CONTEXT)
-    # Only Mistral's first models slide; Qwen's files may state a window that the model was told not to use.
-    window = fields.integer("attention.sliding_window", 0, low=0, high=MAX_CONTEXT) if architecture == "llama" else 0
-    spec = ModelSpec(
-        architecture="mistral" if architecture == "llama" and window else architecture,
-        n_layers=n_layers,
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=_uniform(fields, "attention.head_count_kv", n_layers, MAX_HEADS, n_heads),
-        head_dim=head_dim,
-        d_ff=_uniform(fields, "feed_forward_length", n_layers, MAX_WIDTH),
-        vocab_size=_vocab_size(file),
-        context_length=context,
-        norm_eps=_decimal(fields.number("attention.layer_norm_rms_epsilon", high=1.0)),
-        qk_norm=architecture == "qwen3",
-        qkv_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in file.tensors,
-        output_bias="blk.0.attn_output.bias" in file.tensors,
-        ffn_bias="blk.0.ffn_down.bias" in file.tensors,
-        rope=_rope(file, fields, head_dim, context),
-        windows=(window,) * n_layers if window else (),
-        attention_scale=fields.number("attention.scale", 0.0),
-        tied_head="output.weight" not in file.tensors,
-    )
-    return check_spec(spec, file.path)
+    return {
+        "n_layers": n_layers,
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_kv_heads": _uniform(fields, "attention.head_count_kv", n_layers, MAX_HEADS, n_heads),
+        "head_dim": head_dim,
+        "d_ff": _uniform(fields, "feed_forward_length", n_layers, MAX_WIDTH),
+        "vocab_size": _vocab_size(file),
+        "context_length": fields.integer("context_length", high=MAX_CONTEXT),
+        "attention_scale": fields.number("attention.scale", 0.0),
+    }
 
 
-def _refuse(fields: Fields) -> None:
+def _llama(file: GgufFile, fields: Fields, architecture: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Llama, Mistral, Qwen and Phi-3."""
+    # Qwen's files may state a window that the model was told not to use; Mistral's first models and Phi-3 slide.
+    slides = architecture in ("llama", "phi3")
+    window = fields.integer("attention.sliding_window", 0, low=0, high=MAX_CONTEXT) if slides else 0
+    return {
+        "architecture": "mistral" if architecture == "llama" and window else architecture,
+        "norm_eps": _norm_eps(fields, "attention.layer_norm_rms_epsilon"),
+        "qk_norm": architecture == "qwen3",
+        "qkv_bias": architecture == "qwen2" or "blk.0.attn_q.bias" in file.tensors,
+        "output_bias": "blk.0.attn_output.bias" in file.tensors,
+        "ffn_bias": "blk.0.ffn_down.bias" in file.tensors,
+        "rope": _rope(file, fields, sizes["head_dim"], sizes["context_length"]),
+        "windows": (window,) * sizes["n_layers"] if window else (),
+    }
+
+
+def _gemma(file: GgufFile, fields: Fields, architecture: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 2 and 3. Their norms come with the 1 added that Hub checkpoints leave out."""
+    n_layers, head_dim = sizes["n_layers"], sizes["head_dim"]
+    windows = _gemma_windows(fields, n_layers, *((4096, 2) if architecture == "gemma2" else (0, 6)))
+    width = sizes["d_model"] // sizes["n_heads"] if n_layers == GEMMA_27B_LAYERS[architecture] else head_dim
+    caps = GEMMA2_CAPS if architecture == "gemma2" else {}
+    features = {
+        "norm_eps": _norm_eps(fields, "attention.layer_norm_rms_epsilon"),
+        "post_norms": True,
+        "activation": "gelu_tanh",
+        "attention_scale": sizes["attention_scale"] or width**-0.5,
+        "attention_softcap": fields.number("attn_logit_softcapping", caps.get("attn_logit_softcapping", 0.0)),
+        "logit_softcap": fields.number("final_logit_softcapping", caps.get("final_logit_softcapping", 0.0)),
+        "embedding_scale": math.sqrt(sizes["d_model"]),
+        "rope": _rope(file, fields, head_dim, sizes["context_length"]),
+        "windows": windows,
+    }
+    if architecture == "gemma3":
+        local = RopeSpec(dim=head_dim, theta=fields.number("rope.freq_base_swa", 10000.0, low=1.0))
+        features |= {"qk_norm": True, "local_rope": local if any(windows) else None}
+    return features
+
+
+def _gemma_windows(fields: Fields, n_layers: int, window: int, pattern: int) -> tuple[int, ...]:
+    """Window of each layer: the last of every `pattern` layers sees everything, or as a list of flags says.
+
+    Args:
+        window, pattern: where the file states none.
+    """
+    window = fields.integer("attention.sliding_window", window, low=0, high=MAX_CONTEXT)
+    key = "attention.sliding_window_pattern"
+    stated = fields.raw(key, pattern)
+    if isinstance(stated, np.ndarray | list):
+        if len(stated) != n_layers:
+            raise fields.error(key, f"must have {n_layers} entries")
+        return tuple(window if slides else 0 for slides in stated)
+    pattern = fields.integer(key, pattern, high=MAX_LAYERS)
+    return tuple(window if layer % pattern < pattern - 1 else 0 for layer in range(n_layers))
+
+
+def _gpt2(fields: Fields) -> dict[str, Any]:
+    """GPT-2: learned positions, layer norms with biases, no gate."""
+    return {
+        "norm": "layer",
+        "norm_eps": _norm_eps(fields, "attention.layer_norm_epsilon"),
+        "gated": False,
+        "activation": "gelu_tanh",
+        "qkv_bias": True,
+        "output_bias": True,
+        "ffn_bias": True,
+        "position_offset": 0,
+    }
+
+
+def _refuse(fields: Fields, architecture: str) -> None:
     """Raises on settings that change the arithmetic in ways that the decoder does not have."""
+    caps = {"gemma2": (), "gemma3": ("attn_logit_softcapping",)}.get(architecture, tuple(GEMMA2_CAPS))
     for key, neutral in (
         ("expert_count", 0),
         ("logit_scale", 1.0),
         ("residual_scale", 1.0),
         ("embedding_scale", 1.0),
-        ("final_logit_softcapping", 0.0),
-        ("attn_logit_softcapping", 0.0),
+        *((cap, 0.0) for cap in caps),
     ):
         value = fields.raw(key, neutral)
         if value not in (neutral, 0):
@@ -164,6 +244,6 @@ def _divisors(file: GgufFile, name: str, dim: int) -> tuple[float, ...]:
     return tuple(values.tolist())
 
 
-def _decimal(x: float) -> float:
+def _norm_eps(fields: Fields, key: str) -> float:
     """The shortest decimal that the stored float32 stands for: 1e-5 rather than 9.99999974e-6."""
-    return float(str(np.float32(x)))
+    return float(str(np.float32(fields.number(key, high=1.0))))

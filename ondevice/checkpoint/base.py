@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ondevice.checkpoint.places import Place
 from ondevice.checkpoint.quantization import Tensor
 from ondevice.errors import CheckpointError
 from ondevice.spec import ModelSpec
@@ -116,25 +118,25 @@ class Checkpoint(ABC):
         self.close()
 
 
-def check_tensors(path: Path, spec: ModelSpec, found: dict[str, tuple[int, ...]], stored_as: dict[str, str]) -> None:
+def check_tensors(path: Path, spec: ModelSpec, found: dict[str, tuple[int, ...]], places: Iterable[Place]) -> None:
     """Compares the tensors of a checkpoint with those that its spec asks for.
 
     Args:
         path: for messages.
         spec: of the model.
         found: shape of each tensor by the name in the file; names that do not matter already left out.
-        stored_as: canonical name -> name in the file.
+        places: of the tensors that the spec asks for.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of the wrong shape.
     """
-    for name, shape in spec.tensors().items():
-        key = stored_as[name]
-        if key not in found:
-            raise CheckpointError(path, f"the tensor is missing (shape {shape}); download the model again", key)
-        if found[key] != shape:
-            raise CheckpointError(path, f"has the shape {found[key]}, the settings ask for {shape}", key)
-    extra = sorted(found.keys() - set(stored_as.values()))
+    wanted = {place.name: place.shape for place in places}
+    for name, shape in wanted.items():
+        if name not in found:
+            raise CheckpointError(path, f"the tensor is missing (shape {shape}); download the model again", name)
+        if found[name] != shape:
+            raise CheckpointError(path, f"has the shape {found[name]}, the settings ask for {shape}", name)
+    extra = sorted(found.keys() - wanted.keys())
     if extra:
         some = ", ".join(extra[:4]) + (", ..." if len(extra) > 4 else "")
         raise CheckpointError(

@@ -10,9 +10,11 @@ import numpy as np
 from ondevice.checkpoint.base import Checkpoint, check_tensors
 from ondevice.checkpoint.gguf import MAX_STRINGS, GgufFile
 from ondevice.checkpoint.gguf_types import READABLE, TYPES
-from ondevice.checkpoint.names import GGUF_IGNORED, gguf_name, undo_interleaving
-from ondevice.checkpoint.quantization import Tensor
+from ondevice.checkpoint.names import GGUF_IGNORED, gguf_layout
+from ondevice.checkpoint.places import places
+from ondevice.checkpoint.quantization import Quantized, Tensor
 from ondevice.errors import CheckpointError, UnsupportedModelError
+from ondevice.spec import ModelSpec
 from ondevice.spec_gguf import spec_from_gguf
 
 if TYPE_CHECKING:
@@ -38,27 +40,29 @@ class GgufCheckpoint(Checkpoint):
                 path, "a model in several GGUF files is not supported; merge it with llama-gguf-split --merge"
             )
         self.spec = spec_from_gguf(self.file)
-        self._names = {name: gguf_name(name) for name in self.spec.tensors()}
+        self._places = places(gguf_layout(self.spec.architecture), self.spec)
         found = {name: info.shape for name, info in self.file.tensors.items() if name not in GGUF_IGNORED}
-        check_tensors(path, self.spec, found, self._names)
-        for name in self._names.values():
-            kind = TYPES[self.file.tensors[name].type_id]
+        check_tensors(path, self.spec, found, self._places.values())
+        for place in self._places.values():
+            kind = TYPES[self.file.tensors[place.name].type_id]
             if kind not in READABLE:
                 raise UnsupportedModelError(
                     path,
                     f"type {kind.name} is not supported; {', '.join(t.name for t in READABLE)} are",
-                    name,
+                    place.name,
                 )
         self.generation_config = _generation_config(self.file.metadata)
 
     def tensor(self, name: str) -> Tensor:
-        if name not in self._names:
+        if name not in self._places:
             raise CheckpointError(self.path, "the model has no such tensor", name)
-        return undo_interleaving(self.file.tensor(self._names[name]), name, self.spec)
+        place = self._places[name]
+        return undo_interleaving(place.take(self.file.tensor(place.name)), name, self.spec)
 
     def stored(self, name: str) -> tuple[str, int]:
-        info = self.file.tensors[self._names[name]]
-        return TYPES[info.type_id].name, info.nbytes
+        place = self._places[name]
+        info = self.file.tensors[place.name]
+        return TYPES[info.type_id].name, place.part(info.nbytes)
 
     def tokenizer(self) -> Tokenizer:
         from ondevice.text.tokenizer import Tokenizer
@@ -75,6 +79,28 @@ class GgufCheckpoint(Checkpoint):
 
     def close(self) -> None:
         self.file.close()
+
+
+def undo_interleaving(tensor: Tensor, canonical: str, spec: ModelSpec) -> Tensor:
+    """Rows of q and k as the half-split rotary embedding wants them.
+
+    GGUF files of architecture llama (which is Mistral's too) hold the two rows that turn together side by
+    side; the Hub's order, and ours, has them dim/2 rows apart. Other tensors come back as they are.
+
+    Args:
+        tensor: weight [heads * head_dim, in] or bias [heads * head_dim].
+        canonical: name of the tensor.
+        spec: of the model.
+    """
+    module = canonical.split(".")[-2]
+    if spec.architecture not in ("llama", "mistral") or spec.rope is None or module not in ("q", "k"):
+        return tensor
+    heads = spec.n_heads if module == "q" else spec.n_kv_heads
+    rows = np.arange(heads * spec.head_dim).reshape(heads, spec.head_dim)
+    dim = spec.rope.dim
+    rows[:, :dim] = np.concatenate([rows[:, 0:dim:2], rows[:, 1:dim:2]], axis=1)
+    index = rows.reshape(-1)
+    return tensor.rows(index) if isinstance(tensor, Quantized) else tensor[index]
 
 
 def _plain_tokenizer_keys(metadata: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from ondevice.checkpoint.base import Checkpoint, check_tensors
 from ondevice.checkpoint.json_file import read_json
-from ondevice.checkpoint.names import HUB_IGNORED, hub_name
+from ondevice.checkpoint.names import hub_layout
+from ondevice.checkpoint.places import places
 from ondevice.checkpoint.quantization import BITS, GROUP_SIZES, Quantized, Tensor
 from ondevice.checkpoint.safetensors import Entry, SafetensorsFile
 from ondevice.errors import CheckpointError, UnsupportedModelError
@@ -27,6 +29,15 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 MAX_FILES = 1000
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a file, and its name there."""
+
+    file: SafetensorsFile
+    entry: Entry
+    name: str
+
+
 class HubCheckpoint(Checkpoint):
     """Opens a folder and checks its configuration and headers, not its weights.
 
@@ -39,17 +50,19 @@ class HubCheckpoint(Checkpoint):
         self.config = read_json(path / "config.json")
         self.spec, self.format = read_spec(self.config, path / "config.json")
         self._files = _open_files(path)
-        self._entries: dict[str, tuple[SafetensorsFile, Entry]] = {}
+        self._layout = hub_layout(self.config["model_type"])
+        self._entries: dict[str, _Stored] = {}
         for file in self._files:
-            for name, entry in file.entries.items():
+            for original, entry in file.entries.items():
+                name = self._layout.unalias(original)
                 if name in self._entries:
                     raise CheckpointError(
-                        path, f"is both in {self._entries[name][0].path.name} and {file.path.name}", name
+                        path, f"is both in {self._entries[name].file.path.name} and {file.path.name}", original
                     )
-                if not name.endswith(HUB_IGNORED):
-                    self._entries[name] = (file, entry)
+                if name is not None:
+                    self._entries[name] = _Stored(file, entry, original)
         self.spec = self._settle_head(self.spec)
-        self._names = {name: hub_name(name) for name in self.spec.tensors()}
+        self._places = places(self._layout, self.spec)
         self._quantized = self._check()
         generation = path / "generation_config.json"
         stated = read_json(generation) if generation.exists() else {}
@@ -57,25 +70,25 @@ class HubCheckpoint(Checkpoint):
         self.generation_config = {**ends, **stated}
 
     def tensor(self, name: str) -> Tensor:
-        if name not in self._names:
+        if name not in self._places:
             raise CheckpointError(self.path, "the model has no such tensor", name)
-        stored = self._names[name]
-        if name not in self._quantized:
-            return self._array(stored)
-        bits, group_size = self._quantized[name]
-        module = stored.removesuffix(".weight")
+        place = self._places[name]
+        if place.name not in self._quantized:
+            return place.take(self._array(place.name))
+        bits, group_size = self._quantized[place.name]
+        module = place.name.removesuffix(".weight")
         scales, biases = self._array(f"{module}.scales"), self._array(f"{module}.biases")
-        return Quantized(self._array(stored), scales, biases, bits, group_size)
+        return place.take(Quantized(self._array(place.name), scales, biases, bits, group_size))
 
     def stored(self, name: str) -> tuple[str, int]:
-        stored = self._names[name]
-        entry = self._entries[stored][1]
-        if name not in self._quantized:
-            return entry.dtype, entry.nbytes
-        module = stored.removesuffix(".weight")
-        bits, group_size = self._quantized[name]
-        extra = sum(self._entries[f"{module}.{part}"][1].nbytes for part in ("scales", "biases"))
-        return f"affine {bits}-bit g{group_size}", entry.nbytes + extra
+        place = self._places[name]
+        entry = self._entries[place.name].entry
+        if place.name not in self._quantized:
+            return entry.dtype, place.part(entry.nbytes)
+        module = place.name.removesuffix(".weight")
+        bits, group_size = self._quantized[place.name]
+        extra = sum(self._entries[f"{module}.{part}"].entry.nbytes for part in ("scales", "biases"))
+        return f"affine {bits}-bit g{group_size}", place.part(entry.nbytes) + place.part(extra)
 
     def tokenizer(self) -> Tokenizer:
         from ondevice.text.tokenizer import Tokenizer
@@ -95,7 +108,7 @@ class HubCheckpoint(Checkpoint):
             file.close()
 
     def _array(self, stored: str) -> Any:
-        return self._entries[stored][0].array(stored)
+        return self._entries[stored].file.array(self._entries[stored].name)
 
     def _settle_head(self, spec: ModelSpec) -> ModelSpec:
         """Whether the head is the embedding table, where configuration and files differ about it.
@@ -103,7 +116,7 @@ class HubCheckpoint(Checkpoint):
         A stored head that equals the table, or that is missing where nothing was said, is tied; one that
         differs from the table counts as the model's own, whatever the configuration says.
         """
-        head, embed = hub_name("head.weight"), hub_name("embed.weight")
+        head, embed = self._layout.name("head.weight"), self._layout.name("embed.weight")
         if head not in self._entries:
             return dataclasses.replace(spec, tied_head=spec.tied_head or "tie_word_embeddings" not in self.config)
         if not spec.tied_head or embed not in self._entries:
@@ -123,30 +136,33 @@ class HubCheckpoint(Checkpoint):
         return dataclasses.replace(spec, tied_head=False)
 
     def _check(self) -> dict[str, tuple[int, int]]:
-        """Compares headers and spec. Returns bits and group size of quantized tensors by canonical name."""
-        shapes = self.spec.tensors()
-        found = {name: entry.shape for name, (_, entry) in self._entries.items()}
+        """Compares headers and spec. Returns bits and group size of quantized tensors by stored name."""
+        found = {name: stored.entry.shape for name, stored in self._entries.items()}
         quantized: dict[str, tuple[int, int]] = {}
-        for name, stored in self._names.items():
-            module, kind = stored.rsplit(".", 1)
+        for name, place in {place.name: place for place in self._places.values()}.items():
+            module, kind = name.rsplit(".", 1)
             if kind == "weight" and f"{module}.scales" in found:
-                quantized[name] = self._check_quantized(module, shapes[name])
-                found[stored] = shapes[name]
+                if place.transposed:
+                    raise UnsupportedModelError(
+                        self.path, "is [in, out] in this architecture, and as such not supported quantized", name
+                    )
+                quantized[name] = self._check_quantized(module, place.shape)
+                found[name] = place.shape
                 del found[f"{module}.scales"], found[f"{module}.biases"]
-            elif stored in found and self._entries[stored][1].dtype not in FLOATS:
-                dtype = self._entries[stored][1].dtype
+            elif name in found and self._entries[name].entry.dtype not in FLOATS:
+                dtype = self._entries[name].entry.dtype
                 raise UnsupportedModelError(
-                    self.path, f"dtype {dtype} is not supported for weights; {', '.join(FLOATS)} are", stored
+                    self.path, f"dtype {dtype} is not supported for weights; {', '.join(FLOATS)} are", name
                 )
         if quantized and self.format == "hub":
             raise CheckpointError(self.path, "has quantized tensors, but config.json does not say how", "quantization")
-        check_tensors(self.path, self.spec, found, self._names)
+        check_tensors(self.path, self.spec, found, self._places.values())
         return quantized
 
     def _check_quantized(self, module: str, shape: tuple[int, ...]) -> tuple[int, int]:
         """Bits and group size of a quantized matrix, which its shapes tell."""
         entries = {
-            p: self._entries[f"{module}.{p}"][1]
+            p: self._entries[f"{module}.{p}"].entry
             for p in ("weight", "scales", "biases")
             if f"{module}.{p}" in self._entries
         }
@@ -168,7 +184,8 @@ class HubCheckpoint(Checkpoint):
                 module,
             )
         bits, group_size = weight.shape[1] * 32 // inputs, inputs // scales.shape[1]
-        stated = self.config["quantization"].get(module, {}) if self.format == "mlx" else {}
+        original = self._entries[f"{module}.weight"].name.removesuffix(".weight")
+        stated = self.config["quantization"].get(original, {}) if self.format == "mlx" else {}
         if bits not in BITS or group_size not in GROUP_SIZES:
             raise UnsupportedModelError(
                 self.path,

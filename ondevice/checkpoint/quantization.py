@@ -6,6 +6,7 @@ integer of `bits` bits, packed little-endian along the input into uint32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,23 @@ def unpack(packed: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     for i in range(count):
         out[..., i::count] = (joined >> np.uint64(i * bits)) & np.uint64(2**bits - 1)
     return out
+
+
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors joined along their rows; quantized ones must share bits and group size.
+
+    Args:
+        parts: all quantized or all floats.
+    """
+    floats = [part for part in parts if not isinstance(part, Quantized)]
+    if floats:
+        return np.concatenate(floats)
+    quantized = [part for part in parts if isinstance(part, Quantized)]
+    plain = all(part.super_scales is None and part.biases is not None for part in quantized)
+    pairs = [(part.scales, part.biases) if plain else part.affine() for part in quantized]
+    scales, biases = (np.concatenate(arrays) for arrays in zip(*pairs))
+    packed = np.concatenate([part.packed for part in quantized])
+    return Quantized(packed, scales, biases, quantized[0].bits, quantized[0].group_size)
 
 
 def dequantize(w: Tensor, dtype: Any = np.float32) -> NDArray[Any]:

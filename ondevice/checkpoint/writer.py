@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from ondevice.checkpoint.atomic import atomic_folder
 from ondevice.checkpoint.json_file import read_json
-from ondevice.checkpoint.names import hub_name
+from ondevice.checkpoint.names import hub_layout
+from ondevice.checkpoint.places import Joiner, places
 from ondevice.checkpoint.progress import Progress, silent
-from ondevice.checkpoint.quantization import GROUP_SIZES, Quantized, Tensor
+from ondevice.checkpoint.quantization import GROUP_SIZES, Quantized, Tensor, dequantize
 from ondevice.checkpoint.safetensors import write_safetensors
 from ondevice.errors import CheckpointError, UnsupportedModelError
 from ondevice.spec import ModelSpec
-from ondevice.spec_hub import config_from_spec
+from ondevice.spec_hub import as_on_hub, config_from_spec
 
 if TYPE_CHECKING:
     from ondevice.text.tokenizer import Tokenizer
@@ -56,7 +57,9 @@ def write_checkpoint(
         CheckpointError: a tensor is missing, unknown or of the wrong shape.
         UnsupportedModelError: the spec cannot be expressed in a config.json.
     """
-    config = config_from_spec(spec)
+    on_hub = as_on_hub(spec)
+    config = config_from_spec(on_hub)
+    joiner = Joiner(places(hub_layout(spec.architecture), on_hub), folder)
     progress = progress or silent
     with atomic_folder(Path(folder)) as temporary:
         shards = _Shards(temporary, max_shard_bytes)
@@ -66,7 +69,11 @@ def write_checkpoint(
             if missing.get(name) != tensor.shape:
                 raise CheckpointError(folder, f"shape {tensor.shape} offered, {missing.get(name)} wanted", name)
             del missing[name]
-            shards.add(hub_name(name), tensor)
+            if "norm" in name and name.endswith(".weight") and spec.norm_offset != on_hub.norm_offset:
+                tensor = dequantize(tensor) + np.float32(spec.norm_offset - on_hub.norm_offset)
+            whole = joiner.add(name, tensor)
+            if whole is not None:
+                shards.add(joiner.places[name].name, whole)
             progress(total - len(missing), total, name)
         if missing:
             raise CheckpointError(folder, f"{len(missing)} tensors were not given", next(iter(missing)))

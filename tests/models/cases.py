@@ -46,6 +46,26 @@ def _qwen(generation: int, **keys: Any) -> dict[str, Any]:
     return {"model_type": f"qwen{generation}", **sizes, **keys}
 
 
+def _phi3(**keys: Any) -> dict[str, Any]:
+    return {"model_type": "phi3", **_SIZES, "num_key_value_heads": 2, "pad_token_id": 0, **keys}
+
+
+def _gemma(generation: str, **keys: Any) -> dict[str, Any]:
+    sizes = {**_SIZES, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6}
+    sizes |= {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    return {"model_type": f"gemma{generation}", **sizes, "sliding_window": 24, "query_pre_attn_scalar": 20, **keys}
+
+
+def _gpt2(**keys: Any) -> dict[str, Any]:
+    sizes = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256, "n_ctx": 256, "vocab_size": 96}
+    return {"model_type": "gpt2", **sizes, **keys}
+
+
+def _opt(**keys: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 96, "vocab_size": 96}
+    return {"model_type": "opt", **sizes, "max_position_embeddings": 256, "word_embed_proj_dim": 64, **keys}
+
+
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 _LONGROPE = {
     "type": "longrope",
@@ -53,6 +73,7 @@ _LONGROPE = {
     "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0],
     "long_factor": [1.0, 1.2, 1.6, 2.2, 3.0, 3.5, 4.0, 4.0],
 }
+_PHI3_FACTORS = {f"{kind}_factor": _LONGROPE[f"{kind}_factor"] for kind in ("short", "long")}
 
 CASES: dict[str, dict[str, Any]] = {
     # As many KV heads as heads and no key that says so, as llama 1 had it.
@@ -101,6 +122,47 @@ CASES: dict[str, dict[str, Any]] = {
         sliding_window=24,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    "phi3": _phi3(num_key_value_heads=4, original_max_position_embeddings=256, sliding_window=24),
+    "phi3_partial": _phi3(partial_rotary_factor=0.75, tie_word_embeddings=True),
+    "phi3_longrope": _phi3(original_max_position_embeddings=64, rope_scaling={**_PHI3_FACTORS, "type": "longrope"}),
+    "phi3_longrope_short": _phi3(
+        original_max_position_embeddings=200,
+        partial_rotary_factor=0.5,
+        rope_scaling={kind: factors[:4] for kind, factors in _PHI3_FACTORS.items()} | {"type": "longrope"},
+    ),
+    "gemma2": _gemma("2"),
+    # Caps low enough to bend most scores and logits, a window on other layers than usual, a scale of another kind.
+    "gemma2_low_caps": _gemma(
+        "2",
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=4.0,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        query_pre_attn_scalar=32,
+    ),
+    "gemma2_no_caps": _gemma("2", attn_logit_softcapping=None, final_logit_softcapping=None),
+    # Seven layers, so that the sixth sees everything, under scaling that the others do without.
+    "gemma3": _gemma("3_text", num_hidden_layers=7, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+    "gemma3_bases": _gemma(
+        "3_text",
+        rope_theta=50000.0,
+        rope_local_base_freq=500.0,
+        sliding_window_pattern=2,
+        final_logit_softcapping=6.0,
+        num_attention_heads=2,
+        hidden_size=96,
+    ),
+    "gpt2": _gpt2(),
+    "gpt2_variations": _gpt2(
+        n_inner=96,
+        activation_function="relu",
+        layer_norm_epsilon=1e-3,
+        scale_attn_weights=False,
+        tie_word_embeddings=False,
+    ),
+    "opt": _opt(),
+    "opt_no_biases": _opt(enable_bias=False, activation_function="gelu", tie_word_embeddings=False),
 }
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ondevice.spec import ModelSpec, RopeSpec
 from tests.models.cases import case_spec, case_tensors
-from tests.tiny import tiny_gguf
+from tests.tiny import GGUF_NAMES, tiny_gguf
 
 _YARN = RopeSpec(
     dim=16,
@@ -36,9 +36,17 @@ GGUF_CASES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen2_yarn": {},
     "qwen3": {},
+    "phi3": {"windows": (0, 0, 0)},
+    "phi3_partial": {},
+    "phi3_longrope": {},
+    "gemma2": {"attention_scale": 32**-0.5},
+    "gemma3": {"attention_scale": 32**-0.5},
+    "gemma3_bases": {"attention_scale": 32**-0.5},
+    "gpt2": {},
 }
 """Cases that GGUF can express, and what of the spec is changed where llama.cpp lacks a feature: it knows one activation
-here, always rounds YaRN's ramp, and pays no heed to windows."""
+per architecture, always rounds YaRN's ramp, divides Gemma's scores by the root of head_dim, and pays no heed to windows
+but Gemma's."""
 
 
 def gguf_spec(name: str) -> ModelSpec:
@@ -49,15 +57,23 @@ def gguf_spec(name: str) -> ModelSpec:
 def write_case(path: Path, name: str) -> Path:
     """Writes the GGUF file of a case, float32 throughout."""
     spec = gguf_spec(name)
-    family = "llama" if spec.architecture == "mistral" else spec.architecture
+    family = GGUF_NAMES.get(spec.architecture, spec.architecture)
     tensors = case_tensors(name, spec)
-    assert spec.rope is not None
-    metadata = {**_vocabulary(), **_scaling(spec.rope, family)}
+    metadata = {**_vocabulary(), **_scaling(spec.rope, family), **_local_layers(spec, family)}
     return tiny_gguf(path, spec, tensors, metadata=metadata, extra=_divisors(spec.rope))
 
 
-def _scaling(rope: RopeSpec, family: str) -> dict[str, Any]:
-    if rope.scaling in ("default", "llama3"):
+def _local_layers(spec: ModelSpec, family: str) -> dict[str, Any]:
+    """Gemma 3's sliding layers where they are not the usual ones: a pattern, and a base of their own."""
+    keys: dict[str, Any] = {}
+    if spec.local_rope is not None and spec.local_rope.theta != 10000.0:
+        keys[f"{family}.rope.freq_base_swa"] = spec.local_rope.theta
+        keys[f"{family}.attention.sliding_window_pattern"] = spec.windows.index(0) + 1
+    return keys
+
+
+def _scaling(rope: RopeSpec | None, family: str) -> dict[str, Any]:
+    if rope is None or rope.scaling in ("default", "llama3"):
         return {}
     keys: dict[str, Any] = {"type": rope.scaling}
     stated_attention = rope.attention_factor
@@ -74,8 +90,10 @@ def _scaling(rope: RopeSpec, family: str) -> dict[str, Any]:
     return {f"{family}.rope.scaling.{key}": value for key, value in keys.items()}
 
 
-def _divisors(rope: RopeSpec) -> dict[str, NDArray[np.float32]]:
+def _divisors(rope: RopeSpec | None) -> dict[str, NDArray[np.float32]]:
     """Tensors of frequency divisors: llama 3's scaling has no other form in GGUF, and longrope has two."""
+    if rope is None:
+        return {}
     if rope.scaling == "longrope":
         factors = {"short": rope.short_factors, "long": rope.long_factors}
         return {f"rope_factors_{kind}.weight": np.array(f, np.float32) for kind, f in factors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,9 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from ondevice.checkpoint.names import hub_name
+from ondevice.checkpoint.names import hub_layout
+from ondevice.spec_hub import spec_from_config
+from tests.tiny import stored_tensors
 
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 VERSIONS = f"transformers {transformers.__version__}, torch {torch.__version__}"
@@ -44,9 +47,10 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]])
     model = transformers.AutoModelForCausalLM.from_config(
         settings, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    state = {hub_name(name): torch.from_numpy(values) for name, values in tensors.items()}
+    stored = stored_tensors(spec_from_config(config, Path("config.json")), tensors)
+    state = {name: torch.from_numpy(values) for name, values in stored.items()}
     if settings.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        state["lm_head.weight"] = state[hub_layout(config["model_type"]).name("embed.weight")]
     model.load_state_dict(state, strict=True)
     return model
 

@@ -10,11 +10,11 @@ import pytest
 import safetensors.numpy
 
 from ondevice.checkpoint import open_checkpoint
-from ondevice.checkpoint.names import hub_name
+from ondevice.checkpoint.names import hub_layout
 from ondevice.checkpoint.quantization import Quantized, dequantize, quantize
 from ondevice.errors import CheckpointError, UnsupportedModelError
 from ondevice.spec_hub import config_from_spec
-from tests.tiny import tiny_spec, tiny_tensors
+from tests.tiny import stored_tensors, tiny_spec, tiny_tensors
 
 
 def foreign_folder(folder: Path, spec=None, tensors=None, config=None, shards: int = 1) -> Path:
@@ -23,7 +23,7 @@ def foreign_folder(folder: Path, spec=None, tensors=None, config=None, shards: i
     tensors = tiny_tensors(spec) if tensors is None else tensors
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**config_from_spec(spec), **(config or {})}))
-    stored = {hub_name(n) if n in spec.tensors() else n: np.ascontiguousarray(w) for n, w in tensors.items()}
+    stored = {name: np.ascontiguousarray(w) for name, w in stored_tensors(spec, tensors).items()}
     names = list(stored)
     if shards == 1:
         safetensors.numpy.save_file(stored, folder / "model.safetensors")
@@ -42,10 +42,10 @@ def quantized_parts(tensors, kinds):
     parts = {}
     for name, w in tensors.items():
         if name not in kinds:
-            parts[hub_name(name)] = w
+            parts[hub_layout("llama").name(name)] = w
             continue
         q = quantize(w, *kinds[name])
-        module = hub_name(name).removesuffix(".weight")
+        module = hub_layout("llama").name(name).removesuffix(".weight")
         parts |= {f"{module}.weight": q.packed, f"{module}.scales": q.scales, f"{module}.biases": q.biases}
     return parts
 
