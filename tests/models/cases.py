@@ -131,15 +131,16 @@ CASES: dict[str, dict[str, Any]] = {
         rope_scaling={kind: factors[:4] for kind, factors in _PHI3_FACTORS.items()} | {"type": "longrope"},
     ),
     "gemma2": _gemma("2"),
-    # Caps low enough to bend most scores and logits, a window on other layers than usual, a scale of another kind.
+    # Caps low enough to bend most scores and logits, a window on other layers than usual.
     "gemma2_low_caps": _gemma(
         "2",
         attn_logit_softcapping=2.0,
-        final_logit_softcapping=4.0,
+        final_logit_softcapping=10.0,
         attention_bias=True,
         tie_word_embeddings=False,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
         query_pre_attn_scalar=32,
+        hidden_activation="silu",
     ),
     "gemma2_no_caps": _gemma("2", attn_logit_softcapping=None, final_logit_softcapping=None),
     # Seven layers, so that the sixth sees everything, under scaling that the others do without.

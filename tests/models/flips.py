@@ -33,24 +33,24 @@ MODEL_FLIPS: dict[str, Values] = {
     "n_kv_heads": lambda s: [s.n_kv_heads // 2 or 2],
     "head_dim": lambda s: [s.head_dim + 16],
     "d_ff": lambda s: [s.d_ff - 32],
-    "norm": lambda s: ["layer"],
-    "norm_eps": lambda s: [1e-2, 1e-3],
-    "norm_offset": lambda s: [1.0],
-    "post_norms": lambda s: [True],
+    "norm": lambda s: ["rms" if s.norm == "layer" else "layer"],
+    "norm_eps": lambda s: [eps for eps in (1e-2, 1e-3) if eps != s.norm_eps],
+    "norm_offset": lambda s: [1.0 - s.norm_offset],
+    "post_norms": lambda s: [not s.post_norms],
     "qk_norm": lambda s: [not s.qk_norm],
-    "gated": lambda s: [False],
+    "gated": lambda s: [not s.gated],
     "activation": lambda s: [kind for kind in ACTIVATIONS if kind != s.activation],
     "qkv_bias": lambda s: [not s.qkv_bias],
     "output_bias": lambda s: [not s.output_bias],
     "ffn_bias": lambda s: [not s.ffn_bias],
-    "rope": lambda s: [None],
-    "local_rope": lambda s: [RopeSpec(dim=s.head_dim, theta=100.0)] if any(s.windows) else [],
-    "position_offset": lambda s: [0, 2],
+    "rope": lambda s: [RopeSpec(dim=s.head_dim) if s.rope is None else None],
+    "local_rope": lambda s: _local_ropes(s) if any(s.windows) else [],
+    "position_offset": lambda s: [0, 2] if s.position_offset is None else [s.position_offset + 1, None],
     "windows": lambda s: _windows(s.windows),
     "attention_scale": lambda s: [s.attention_scale * 1.01],
-    "attention_softcap": lambda s: [50.0],
-    "logit_softcap": lambda s: [30.0],
-    "embedding_scale": lambda s: [1.01, s.d_model**0.5],
+    "attention_softcap": lambda s: [s.attention_softcap * 1.01, 0.0] if s.attention_softcap else [50.0],
+    "logit_softcap": lambda s: [s.logit_softcap * 1.01, 0.0] if s.logit_softcap else [30.0],
+    "embedding_scale": lambda s: [s.embedding_scale * 1.01, s.d_model**0.5 if s.embedding_scale == 1 else 1.0],
     "tied_head": lambda s: [not s.tied_head],
 }
 UNSEEN = {
@@ -94,6 +94,7 @@ def flips(spec: ModelSpec) -> list[tuple[str, ModelSpec]]:
     return [
         (f"{prefix}{field}={value}", flipped(spec, prefix + field, value))
         for prefix, owner, table in tables
+        if owner is not None
         for field, values in table.items()
         for value in values(owner)
     ]
@@ -118,6 +119,13 @@ def refit(tensors: Mapping[str, NDArray[np.float32]], spec: ModelSpec) -> dict[s
             values = np.full(shape, 1.0 if kind == "weight" else 0.0, np.float32)
         made[name] = values
     return made
+
+
+def _local_ropes(spec: ModelSpec) -> list[RopeSpec | None]:
+    """None and another base for sliding layers that turn otherwise; another base where they do not."""
+    if spec.local_rope is None:
+        return [RopeSpec(dim=spec.head_dim, theta=100.0)]
+    return [None, dataclasses.replace(spec.local_rope, theta=spec.local_rope.theta * 1.01)]
 
 
 def _windows(windows: tuple[int, ...]) -> list[tuple[int, ...]]:

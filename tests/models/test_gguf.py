@@ -16,7 +16,15 @@ from tests.models.goldens import LLAMA_CPP, TRANSFORMERS, golden_about, golden_l
 from tests.models.running import decode_logits, prefill_logits
 
 TOLERANCE = 2e-4
-"""llama.cpp computes in float32: at most 4.7e-5 from float64 here, at logits with a standard deviation of 2 to 4."""
+"""llama.cpp computes in float32: at most 1.2e-4 from float64 here, at logits with a standard deviation of 2 to 4."""
+
+
+GELU_TOLERANCE = 1e-2
+"""llama.cpp looks this activation up in a table of float16: at most 7.3e-3 then, at standard deviations of 3 to 5."""
+
+
+def _tolerance(name: str) -> float:
+    return GELU_TOLERANCE if gguf_spec(name).activation == "gelu_tanh" else TOLERANCE
 
 
 @pytest.mark.parametrize("name", GGUF_CASES)
@@ -26,7 +34,7 @@ def test_reference_gives_llama_cpps_logits(name: str, tmp_path: Path) -> None:
     with open_checkpoint(write_case(tmp_path / "model.gguf", name)) as checkpoint:
         decoder = Decoder(checkpoint, ReferenceOps())
     logits = prefill_logits(decoder, ids)
-    assert np.abs(logits[POSITIONS] - golden).max() < TOLERANCE
+    assert np.abs(logits[POSITIONS] - golden).max() < _tolerance(name)
     assert np.abs(decode_logits(decoder, ids) - logits).max() < 1e-5
 
 
@@ -40,7 +48,7 @@ def test_goldens_are_of_these_cases() -> None:
 def test_both_judges_agree(name: str) -> None:
     """The file stands for the same model as the Hub folder does."""
     difference = golden_logits(LLAMA_CPP)[name] - golden_logits(TRANSFORMERS)[name]
-    assert np.abs(difference).max() < TOLERANCE
+    assert np.abs(difference).max() < _tolerance(name)
 
 
 @pytest.mark.parametrize("name", ["llama1", "llama_yarn", "qwen2", "qwen3"])

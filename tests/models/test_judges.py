@@ -24,8 +24,8 @@ from tests.models.test_goldens import REFERENCE_TOLERANCE
 
 pytestmark = pytest.mark.judge
 
-FLOAT32 = 4e-5
-"""Largest error of transformers in float32, as a part of the logits' standard deviation (measured: 2.8e-5).
+FLOAT32 = 1e-4
+"""Largest error of transformers in float32, as a part of the logits' standard deviation (measured: 4.6e-5).
 
 It is the judge's own: the same library in float64 agrees with us to REFERENCE_TOLERANCE."""
 
@@ -56,7 +56,7 @@ def test_reference_gives_transformers_logits(name: str, tmp_path: Path, judge: A
     assert np.abs(golden_logits(TRANSFORMERS)[name] - exact[POSITIONS]).max() < REFERENCE_TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "llama_longrope"])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("_longrope")])
 def test_decode_gives_transformers_cached_logits(name: str, judge: Any) -> None:
     """Without longrope beyond its original context: transformers turns early keys by the short factors there, and
     leaves them so when the text grows; our cache knows its size from the start."""
