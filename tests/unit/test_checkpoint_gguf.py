@@ -15,7 +15,7 @@ from ondevice.errors import CheckpointError, ModelNotFoundError, OndeviceError, 
 from tests.tiny import tiny_gguf, tiny_spec, tiny_tensors
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2"])
 def test_round_trip_in_float32(tmp_path, architecture):
     spec = tiny_spec(architecture)
     tensors = tiny_tensors(spec)
@@ -27,7 +27,7 @@ def test_round_trip_in_float32(tmp_path, architecture):
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
 def test_every_type_has_the_values_of_the_gguf_package(tmp_path, kind, architecture):
     spec = tiny_spec(architecture)
     tensors = tiny_tensors(spec)

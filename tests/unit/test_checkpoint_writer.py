@@ -11,10 +11,10 @@ from ondevice.checkpoint import open_checkpoint
 from ondevice.checkpoint.quantization import Quantized, dequantize, quantize
 from ondevice.checkpoint.writer import write_checkpoint
 from ondevice.errors import CheckpointError, OndeviceError, UnsupportedModelError
-from tests.tiny import tiny_checkpoint, tiny_gguf, tiny_spec, tiny_tensors
+from tests.tiny import ARCHITECTURES, tiny_checkpoint, tiny_gguf, tiny_spec, tiny_tensors
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_round_trip(tmp_path, architecture, dtype):
     spec = tiny_spec(architecture)
