@@ -21,6 +21,7 @@ from tests.models.cases import CASES, POSITIONS, case_ids, case_spec, case_tenso
 from tests.models.goldens import TRANSFORMERS, golden_logits
 from tests.models.running import decode_logits, make_decoder, prefill_logits
 from tests.models.test_goldens import REFERENCE_TOLERANCE
+from tests.tiny import ARCHITECTURES, tiny_checkpoint, tiny_spec, tiny_tensors
 
 pytestmark = pytest.mark.judge
 
@@ -65,3 +66,12 @@ def test_decode_gives_transformers_cached_logits(name: str, judge: Any) -> None:
         theirs = judge.cached_logits(judge.build(CASES[name], tensors), ids)
     ours = decode_logits(make_decoder(case_spec(name), tensors), ids)
     assert np.abs(ours - theirs).max() < REFERENCE_TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transformers_reads_what_we_write(architecture: str, tmp_path: Path, judge: Any) -> None:
+    spec = tiny_spec(architecture, context_length=256)
+    tensors, ids = tiny_tensors(spec), case_ids("llama1")
+    folder = tiny_checkpoint(tmp_path / "model", spec, tensors, config_extra={"pad_token_id": 0})
+    ours = prefill_logits(make_decoder(spec, tensors), ids)
+    assert np.abs(judge.full_logits(judge.load(folder), ids) - ours).max() < FLOAT32 * ours.std()

@@ -67,3 +67,12 @@ def cached_logits(model: Any, ids: Any) -> NDArray[Any]:
     cache = transformers.DynamicCache(config=model.config)
     steps = [model(torch.tensor([[int(i)]]), past_key_values=cache, use_cache=True) for i in ids]
     return np.concatenate([step.logits[0].numpy() for step in steps])
+
+
+def load(folder: Path) -> Any:
+    """A float32 model of a folder that somebody wrote, every parameter of it from there."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return model.eval()

@@ -131,7 +131,7 @@ def test_gemma3_ropes_in_old_and_new_keys():
 def test_layer_types_of_gemma():
     kinds = ["full_attention"] * 20 + ["sliding_attention"] * 6
     assert read(GEMMA3, layer_types=kinds).windows == (0,) * 20 + (512,) * 6
-    with pytest.raises(CheckpointError, match="sliding_window.*null"):
+    with pytest.raises(CheckpointError, match=r"sliding_window.*null"):
         read(GEMMA3, sliding_window=None)
 
 
