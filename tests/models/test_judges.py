@@ -75,3 +75,14 @@ def test_transformers_reads_what_we_write(architecture: str, tmp_path: Path, jud
     folder = tiny_checkpoint(tmp_path / "model", spec, tensors, config_extra={"pad_token_id": 0})
     ours = prefill_logits(make_decoder(spec, tensors), ids)
     assert np.abs(judge.full_logits(judge.load(folder), ids) - ours).max() < FLOAT32 * ours.std()
+
+
+def test_the_text_model_inside_one_with_vision(tmp_path: Path, judge: Any) -> None:
+    tensors, ids = case_tensors("gemma3"), case_ids("gemma3")
+    model = judge.with_vision(CASES["gemma3"], tensors)
+    model.save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.config["model_type"] == "gemma3" and checkpoint.spec == case_spec("gemma3")
+        logits = prefill_logits(Decoder(checkpoint, ReferenceOps()), ids)
+    assert np.abs(judge.full_logits(model, ids) - logits).max() < FLOAT32 * logits.std()
+    assert np.abs(golden_logits(TRANSFORMERS)["gemma3"] - logits[POSITIONS]).max() < REFERENCE_TOLERANCE

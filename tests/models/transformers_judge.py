@@ -76,3 +76,16 @@ def load(folder: Path) -> Any:
     )
     assert not any(report.values()), report
     return model.eval()
+
+
+def with_vision(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> Any:
+    """A Gemma 3 with a small vision tower around the text model of a case."""
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = transformers.Gemma3Config(
+        text_config=copy.deepcopy(dict(config)), vision_config={**tower, "image_size": 28, "patch_size": 14}
+    )
+    settings._attn_implementation = "eager"
+    model = transformers.Gemma3ForConditionalGeneration(settings).eval()
+    text = build(config, tensors).model.state_dict()
+    model.model.language_model.load_state_dict(text, strict=True)
+    return model
