@@ -66,7 +66,9 @@ class HubCheckpoint(Checkpoint):
         self._quantized = self._check()
         generation = path / "generation_config.json"
         stated = read_json(generation) if generation.exists() else {}
-        ends = {key: self.config[key] for key in ("bos_token_id", "eos_token_id") if self.config.get(key) is not None}
+        inner = self.config.get("text_config")
+        said = {**(inner if isinstance(inner, dict) else {}), **self.config}
+        ends = {key: said[key] for key in ("bos_token_id", "eos_token_id") if said.get(key) is not None}
         self.generation_config = {**ends, **stated}
 
     def tensor(self, name: str) -> Tensor:

@@ -50,7 +50,7 @@ def test_a_saved_configuration_says_the_same(name: str) -> None:
     assert sorted(stored) == saved["tensors"]
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3_layer_types"])
+@pytest.mark.parametrize("name", ["llama3", "qwen3_layer_types", "phi3_partial", "gemma3", "gpt2_variations", "opt"])
 def test_a_hub_folder_gives_the_judges_logits(name: str, tmp_path: Path) -> None:
     saved = golden_about(TRANSFORMERS)["cases"][name]
     (tmp_path / "config.json").write_text(json.dumps(saved["config"]))

@@ -46,7 +46,8 @@ def test_fused_and_transposed_tensors_of_gpt2(tmp_path):
     assert qkv.shape == (64, 192)
     assert np.array_equal(qkv[:, 64:128], tensors["layers.1.k.weight"].T)
     assert np.array_equal(stored["transformer.h.1.attn.c_attn.bias"][128:], tensors["layers.1.v.bias"])
-    assert np.array_equal(stored["transformer.h.2.mlp.c_fc.weight"], tensors["layers.2.up.weight"].T)
+    for ours, theirs in (("o", "attn.c_proj"), ("up", "mlp.c_fc"), ("down", "mlp.c_proj")):
+        assert np.array_equal(stored[f"transformer.h.2.{theirs}.weight"], tensors[f"layers.2.{ours}.weight"].T)
     assert np.array_equal(stored["transformer.wpe.weight"], tensors["position.weight"])
 
 
@@ -117,8 +118,9 @@ VISION = {
 
 
 def vision_config(spec):
-    config = config_from_spec(spec)
-    return {"model_type": "gemma3", "text_config": config, "vision_config": {}, "tie_word_embeddings": spec.tied_head}
+    text = {**config_from_spec(spec), "bos_token_id": 2, "eos_token_id": 1}
+    outer = {"model_type": "gemma3", "tie_word_embeddings": spec.tied_head, "eos_token_id": [1, 106]}
+    return {**outer, "text_config": text, "vision_config": {}}
 
 
 @pytest.mark.parametrize("newer", [False, True])
@@ -135,6 +137,7 @@ def test_gemma3_with_vision(tmp_path, newer):
     vision = {"model." + name if newer else name: w for name, w in VISION.items()}
     checkpoint = open_checkpoint(folder_of(tmp_path / "m", vision_config(spec), {**stored, **vision}))
     assert checkpoint.spec == spec and same(checkpoint, tensors)
+    assert checkpoint.generation_config == {"bos_token_id": 2, "eos_token_id": [1, 106]}
     with pytest.raises(CheckpointError, match="audio_tower"):
         audio = {**stored, "audio_tower.weight": np.zeros(3, np.float32)}
         open_checkpoint(folder_of(tmp_path / "audio", vision_config(spec), audio))
