@@ -198,6 +198,17 @@ def test_doctor_reports_this_machine(ondevice_cli, monkeypatch):
     assert "bandwidth" in text and "GB/s" in text
 
 
+def test_doctor_compiles_ahead_for_the_store(ondevice_cli, tiny_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("ondevice.machine.BANDWIDTH_BYTES", 1 << 22)
+    assert "no model in the store" in ondevice_cli("doctor", "--warm").stderr
+    folder = tmp_path / "store" / "hub" / "some"
+    folder.mkdir(parents=True)
+    (folder / "model").symlink_to(tiny_path)
+    warmed = ondevice_cli("doctor", "--warm", "--json")
+    assert "kernels for some/model are compiled" in warmed.stderr
+    assert json.loads(warmed.stdout)["kernels"]["compiled"] > 0
+
+
 def test_interrupting_exits_130():
     process = subprocess.Popen([sys.executable, "-m", "ondevice", "generate", "-p", "-"], stdin=subprocess.PIPE)
     time.sleep(1.0)
