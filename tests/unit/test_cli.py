@@ -210,12 +210,9 @@ def test_doctor_compiles_ahead_for_the_store(ondevice_cli, tiny_path, tmp_path, 
 
 
 def test_interrupting_exits_130():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ondevice", "generate", "-p", "-"],
-        stdin=subprocess.PIPE,
-        # A shell that runs the tests in the background has switched the signal off, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    # A shell that runs the tests in the background has switched the signal off, and children inherit that.
+    code = "import signal; signal.signal(2, signal.default_int_handler); from ondevice.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code, "generate", "-p", "-"], stdin=subprocess.PIPE)
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
