@@ -53,7 +53,7 @@ class Decoder:
     ) -> None:
         self.spec: ModelSpec = checkpoint.spec
         self.ops = ops
-        self._ropes: dict[int, list[Handle | None]] = {}
+        self._ropes: dict[tuple[int, tuple[bool, ...]], list[Handle | None]] = {}
         _Packer(checkpoint, ops, progress).fill(self)
 
     embed: Handle
@@ -163,18 +163,22 @@ class Decoder:
         return self.ops.add(x, self.ops.norm(self.ops.linear(h, weight), post_norm))
 
     def _layer_ropes(self, capacity: int) -> list[Handle | None]:
-        """Each layer's rotation for caches of this capacity; layers with equal rotations share one handle."""
-        if capacity not in self._ropes:
+        """Each layer's rotation for caches of this capacity; layers with equal rotations share one handle.
+
+        Tables are made for a power of two of positions, so that a server meets few different ones.
+        """
+        positions = max(512, 1 << (capacity - 1).bit_length())
+        ropes = [self.spec.layer_rope(i) for i in range(self.spec.n_layers)]
+        # Long and short factors of longrope must not share a table of one size.
+        key = (positions, tuple(rope is not None and capacity > rope.original_context for rope in ropes))
+        if key not in self._ropes:
             made: dict[int, Handle | None] = {id(None): None}
-            ropes = []
-            for i in range(self.spec.n_layers):
-                rope = self.spec.layer_rope(i)
+            for rope in ropes:
                 if rope is not None and id(rope) not in made:
                     frequencies = rope.inverse_frequencies(capacity)
-                    made[id(rope)] = self.ops.pack_rope(frequencies, rope.attention_factor, capacity)
-                ropes.append(made[id(rope)])
-            self._ropes[capacity] = ropes
-        return self._ropes[capacity]
+                    made[id(rope)] = self.ops.pack_rope(frequencies, rope.attention_factor, positions)
+            self._ropes[key] = [made[id(rope)] for rope in ropes]
+        return self._ropes[key]
 
     def _name_bad_layer(self, step: Step, cache: KVCache) -> None:
         """Runs a step again up to each layer in turn and raises at the first bad one."""

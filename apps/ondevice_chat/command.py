@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument
 @click.option("-p", "--prompt", type=TEXT, help="Answer this one prompt and exit; so does a prompt on stdin.")
-@sampling_options(max_tokens=1024)
+@sampling_options(max_tokens=1024, temp=None, top_p=0.9)
 @click.option("--system", help="A system message.")
 @context_option
 @engine_options
@@ -54,6 +54,9 @@ def chat(
     from ondevice_chat.conversation import Conversation
 
     fields = sampling(options)
+    if fields["temperature"] is None:
+        # Small models lose the thread at the usual 0.7.
+        fields["temperature"] = 0.2 if prompt is None else 0.0
     params = SamplingParams(**fields)
     with reporting() as progress:
         loaded = load(model, backend=backend, threads=threads, progress=progress)

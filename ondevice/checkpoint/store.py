@@ -19,6 +19,8 @@ from ondevice.checkpoint.progress import Progress, folder_size
 from ondevice.errors import CheckpointError, ModelNotFoundError, OndeviceError, OptionError
 
 DEFAULT = "smollm2"
+OFFLINE = ("ONDEVICE_OFFLINE", "HF_HUB_OFFLINE")
+"""Variables that, set to 1, forbid fetching; the second is the Hub library's own."""
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
 _NAME = re.compile(rf"({_PART})/({_PART})(?:@({_PART}))?((?:/{_PART})*/{_PART}\.gguf)?", re.ASCII)
 
@@ -81,6 +83,11 @@ def root() -> Path:
     return platformdirs.user_data_path("ondevice")
 
 
+def offline() -> bool:
+    """Whether the environment forbids fetching anything."""
+    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in OFFLINE)
+
+
 def resolve(name: str) -> Path:
     """Finds a model.
 
@@ -126,6 +133,8 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     with _locked(slot, progress):
         if slot.model.exists():
             return slot.model
+        if offline():
+            raise OndeviceError(f"{name}: not in the store, and {' or '.join(OFFLINE)} forbids fetching it: unset them")
         partial = root() / ".partial" / slot.entry.relative_to(root())
         try:
             partial.mkdir(parents=True, exist_ok=True)

@@ -105,8 +105,9 @@ def rates(stats: Stats, reason: str) -> str:
     """One line with counts and rates of an answer."""
     new = stats.prompt_tokens - stats.reused_tokens
     reused = f" (+{stats.reused_tokens} reused)" if stats.reused_tokens else ""
+    rate = f", {stats.generation_tps:.1f} tok/s" if stats.generation_tps else ""
     prompt = f"prompt {new} tokens{reused}, {stats.prompt_tps:.0f} tok/s"
-    return f"{prompt}; answer {stats.generated_tokens} tokens, {stats.generation_tps:.1f} tok/s; ended by {reason}"
+    return f"{prompt}; answer {stats.generated_tokens} tokens{rate}; ended by {reason}"
 
 
 def _print_json(model: Model, answers: list[Answer]) -> None:

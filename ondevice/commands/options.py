@@ -11,6 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "cpu", "reference")
 DEFAULT_MODEL = "smollm2"
+CHAT_TEMP = "  [default: 0.2; 0 for a single prompt, so that one question has one answer]"
 
 
 class WholeText(click.ParamType[str]):
@@ -56,17 +57,18 @@ def json_option(f: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(f)
 
 
-def sampling_options(max_tokens: int) -> Callable[[F], F]:
+def sampling_options(max_tokens: int, temp: float | None = 0.7, top_p: float = 1.0) -> Callable[[F], F]:
     """Options that become SamplingParams, collected by `sampling`.
 
     Args:
-        max_tokens: default of --max-tokens.
+        max_tokens, temp, top_p: defaults; without one for --temp, the command says in CHAT_TEMP what it takes.
     """
+    temp_help = "Temperature; 0 takes the most likely token." + (CHAT_TEMP if temp is None else "")
     options = [
         click.option("-n", "--max-tokens", default=max_tokens, show_default=True, help="Most tokens of an answer."),
-        click.option("--temp", default=0.7, show_default=True, help="Temperature; 0 takes the most likely token."),
+        click.option("--temp", type=float, default=temp, show_default=True, help=temp_help),
         click.option("--top-k", default=0, show_default=True, help="Keep the k most likely tokens; 0 keeps all."),
-        click.option("--top-p", default=1.0, show_default=True, help="Keep tokens until their mass reaches this."),
+        click.option("--top-p", default=top_p, show_default=True, help="Keep tokens until their mass reaches this."),
         click.option("--min-p", default=0.0, show_default=True, help="Keep tokens this likely relative to the best."),
         click.option("--repetition-penalty", default=1.0, show_default=True, help="Divides seen tokens' logits."),
         click.option("--presence-penalty", default=0.0, show_default=True, help="Subtracted from answered tokens."),

@@ -48,7 +48,7 @@ class Stats:
         reused_tokens: of the prompt, found in the cache.
         generated_tokens: of the answer, with its end token.
         prompt_seconds: from the start to the first logits.
-        generation_seconds: from the first token to the last.
+        generation_seconds: from the first token (of the batch's last prompt) to the last.
     """
 
     prompt_tokens: int = 0
@@ -87,7 +87,11 @@ class Row:
         self._sampler = Sampler(self.params, self.prompt, self.vocab_size)
         self._detokenizer = Detokenizer(self.tokenizer)
         self._stops = StopMatcher(self.params.stop)
-        self._first_time = 0.0
+        self._decoding_since = 0.0
+
+    def start_decoding(self) -> None:
+        """Sets the clock of the answer back: the prompts of a batch's other rows are not part of it."""
+        self._decoding_since = time.perf_counter()
 
     def accept(self, logits: NDArray[np.float32], room: bool) -> Piece:
         """Chooses the next token. room: whether the cache can take it and go on."""
@@ -96,10 +100,10 @@ class Row:
         if self.params.logprobs is not None:
             logprob = token_logprob(logits, token, self.params.logprobs)
         now = time.perf_counter()
-        self._first_time = self._first_time or now
+        self._decoding_since = self._decoding_since or now
         self.tokens.append(token)
         self.stats.generated_tokens += 1
-        self.stats.generation_seconds = now - self._first_time
+        self.stats.generation_seconds = now - self._decoding_since
         text = self._text(token, room)
         stats = None if self.finish_reason is None else self.stats
         return Piece(text, token, self.index, self.finish_reason, logprob, stats)
@@ -148,6 +152,8 @@ def generate(decoder: Decoder, rows: Sequence[Row], cache: KVCache) -> Iterator[
         yield row.accept(_prefill(decoder, row, cache), _room(row, cache))
         if row.finish_reason is None:
             active.append(row)
+    for row in active:
+        row.start_decoding()
     while active:
         logits = decoder.decode([row.tokens[-1] for row in active], cache, [row.slot for row in active])
         for row, scores in zip(active, logits):

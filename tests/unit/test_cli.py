@@ -198,8 +198,21 @@ def test_doctor_reports_this_machine(ondevice_cli, monkeypatch):
     assert "bandwidth" in text and "GB/s" in text
 
 
+def test_doctor_compiles_ahead_for_the_store(ondevice_cli, tiny_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("ondevice.machine.BANDWIDTH_BYTES", 1 << 22)
+    assert "no model in the store" in ondevice_cli("doctor", "--warm").stderr
+    folder = tmp_path / "store" / "hub" / "some"
+    folder.mkdir(parents=True)
+    (folder / "model").symlink_to(tiny_path)
+    warmed = ondevice_cli("doctor", "--warm", "--json")
+    assert "kernels for some/model are compiled" in warmed.stderr
+    assert json.loads(warmed.stdout)["kernels"]["compiled"] > 0
+
+
 def test_interrupting_exits_130():
-    process = subprocess.Popen([sys.executable, "-m", "ondevice", "generate", "-p", "-"], stdin=subprocess.PIPE)
+    # A shell that runs the tests in the background has switched the signal off, and children inherit that.
+    code = "import signal; signal.signal(2, signal.default_int_handler); from ondevice.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code, "generate", "-p", "-"], stdin=subprocess.PIPE)
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130

