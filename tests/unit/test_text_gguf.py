@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ondevice.errors import CheckpointError, UnsupportedModelError
+from ondevice.text.pretokenizers import PRE_TOKENIZERS
 from ondevice.text.tokenizer import Tokenizer
 
 GOLDEN = json.loads(gzip.decompress((Path(__file__).parent.parent / "golden/text_golden.json.gz").read_bytes()))
@@ -33,6 +34,19 @@ def test_ids_are_llama_cpps(pre: str) -> None:
     tokenizer = Tokenizer.from_gguf(tiny_metadata(pre), FILE)
     got = [tokenizer.encode(text, add_special=False) for text in GOLDEN["tiny"]["texts"]]
     assert got == GOLDEN["tiny"]["ids"][pre]
+
+
+def test_every_pre_tokenizer_is_compared() -> None:
+    assert set(PRE_TOKENIZERS.values()) == {PRE_TOKENIZERS[name] for name in GOLDEN["tiny"]["ids"]}
+    with pytest.raises(UnsupportedModelError, match="'tekken2' is not known here"):
+        Tokenizer.from_gguf(tiny_metadata("tekken2"), FILE)
+
+
+def test_whole_words_are_tokens_without_merges_where_the_name_says_so() -> None:
+    zebra = GOLDEN["tiny"]["vocabulary"]["tokens"].index("Ġzebra")
+    for name, kind in PRE_TOKENIZERS.items():
+        ids = Tokenizer.from_gguf(tiny_metadata(name), FILE).encode("a zebra", add_special=False)
+        assert (zebra in ids) == kind.ignore_merges
 
 
 def spm_metadata(**changes: Any) -> dict[str, Any]:
