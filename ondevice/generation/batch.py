@@ -85,7 +85,7 @@ class Row:
 
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.params, self.prompt, self.vocab_size)
-        self._detokenizer = Detokenizer(self.tokenizer)
+        self._detokenizer = Detokenizer(self.tokenizer, prompt=self.prompt)
         self._stops = StopMatcher(self.params.stop)
         self._decoding_since = 0.0
 

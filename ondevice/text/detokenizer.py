@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,14 +16,22 @@ class Detokenizer:
     Args:
         tokenizer: whose ids they are.
         skip_special: leave special tokens out.
+        prompt: ids that come before the stream. The text of the stream is then what decoding both gives beyond the
+            prompt's text: the space that some tokenizers remove from the start of a text stays.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, prompt: Sequence[int] = ()) -> None:
         self._pieces = tokenizer.pieces
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stripped, self._to_strip = self._pieces.stripped
         self._at_start = True
+        for token_id in prompt:
+            self.push(token_id)
+            if not self._at_start and not self._to_strip:
+                break
+        # A prompt that ends inside a character is not completed by the answer.
+        self._utf8.reset()
 
     def push(self, token_id: int) -> str:
         """Takes the next token.

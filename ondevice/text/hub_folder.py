@@ -1,4 +1,4 @@
-"""The tokenizer in a Hub folder: tokenizer.json and the small files around it."""
+"""The tokenizer in a Hub folder: tokenizer.json, or what older models have, and the small files around it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from ondevice.errors import CheckpointError, UnsupportedModelError
+from ondevice.errors import CheckpointError
+from ondevice.text.ends import read_ends
+from ondevice.text.sentencepiece_folder import read_sentencepiece_folder
 from ondevice.text.source import TokenizerSource, turn_ends
+from ondevice.text.vocab_merges import read_vocab_merges
 
 _MAX_JSON_BYTES = 64 * 2**20
 _MAX_TOKENIZER_BYTES = 512 * 2**20
@@ -30,9 +33,11 @@ def read_folder(path: Path) -> TokenizerSource:
         CheckpointError: a file is missing, damaged or contradicts another.
         UnsupportedModelError: the folder has a tokenizer of another kind.
     """
-    backend = _read_backend(path)
     config = _read_json(path / "tokenizer_config.json")
     token_map = _read_json(path / "special_tokens_map.json")
+    backend, names = _read_backend(path, config)
+    # What the vocabulary's own file calls them counts last.
+    token_map = names | token_map
     special = _special_tokens(backend, config, token_map)
     backend.add_special_tokens(
         [AddedToken(text, special=True, normalized=False) for text in special if not _is_added(backend, text)]
@@ -52,7 +57,7 @@ def read_folder(path: Path) -> TokenizerSource:
     eos = _named_id("eos_token", backend, config, token_map)
     if eos is None:
         eos = next(iter(listed), None)
-    prefix, suffix = _ends(backend)
+    prefix, suffix = read_ends(backend)
     return TokenizerSource(
         backend=backend,
         path=path,
@@ -66,15 +71,22 @@ def read_folder(path: Path) -> TokenizerSource:
     )
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
+def _read_backend(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The pipeline, and the texts of bos_token and eos_token that the folder need not name."""
     file = path / "tokenizer.json"
-    if not file.is_file():
-        if (path / "tokenizer.model").is_file():
-            raise UnsupportedModelError(
-                path,
-                "sentencepiece's tokenizer.model without tokenizer.json; use a copy that has tokenizer.json",
-            )
-        raise CheckpointError(file, "missing; fetch the model again, with its tokenizer files")
+    if file.is_file():
+        return _read_tokenizer_json(file), {}
+    added = _read_json(path / "added_tokens.json")
+    if (path / "tokenizer.model").is_file():
+        return read_sentencepiece_folder(path, config, added)
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        return read_vocab_merges(path, config, _read_json(path / "vocab.json"), added)
+    raise CheckpointError(
+        file, "missing, as are tokenizer.model, and vocab.json with merges.txt; fetch the model's tokenizer files"
+    )
+
+
+def _read_tokenizer_json(file: Path) -> tokenizers.Tokenizer:
     if file.stat().st_size > _MAX_TOKENIZER_BYTES:
         raise CheckpointError(file, f"larger than {_MAX_TOKENIZER_BYTES // 2**20} MiB")
     try:
@@ -140,17 +152,6 @@ def _ids(values: Mapping[str, Any], key: str, backend: tokenizers.Tokenizer, fil
         if token_id < 0 or backend.id_to_token(token_id) is None:
             raise CheckpointError(file, f"{token_id} is not in the tokenizer's vocabulary", key)
     return ids
-
-
-def _ends(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the post-processor puts before and after a text."""
-    for probe in ("a", "e", "1", ".", " "):
-        ids = backend.encode(probe, add_special_tokens=False).ids
-        if ids:
-            whole = backend.encode(probe, add_special_tokens=True).ids
-            start = next(i for i in range(len(whole)) if whole[i : i + len(ids)] == ids)
-            return tuple(whole[:start]), tuple(whole[start + len(ids) :])
-    return (), ()
 
 
 def _with_end(

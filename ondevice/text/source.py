@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 import tokenizers
@@ -29,6 +30,17 @@ TURN_ENDS = frozenset(
         "[EOT]",
     }
 )
+
+
+class TokenType(IntEnum):
+    """What a piece of a vocabulary is; SentencePiece and GGUF have the same numbers."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
+from ondevice.text.template_filters import BOUNDED
 from ondevice.text.template_formats import BoundedFormatter, percent, strftime_now, to_json
 from ondevice.text.template_values import (
     MAX_BITS,
@@ -34,10 +35,12 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What cannot grow beyond a small multiple of its input; the others are replaced below or not there at all.
+# What cannot grow beyond a small multiple of its input; the others are replaced by bounded ones. Only `random` is
+# not there: a prompt must not change by itself.
 _FILTERS = _words(
-    """abs capitalize count d default dictsort first float groupby int items last length list lower map max
-    min reject rejectattr reverse select selectattr sort title trim unique upper wordcount"""
+    """abs attr capitalize count d default dictsort first float groupby int items last length list lower map max
+    min pprint reject rejectattr reverse select selectattr sort striptags title trim truncate unique upper urlencode
+    wordcount xmlattr"""
 )
 _METHODS: dict[Any, frozenset[str]] = {
     str: _words(
@@ -127,7 +130,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             "safe": self._text,
             "escape": lambda value: str(markupsafe.escape(self._text(value))),
         }
-        own["e"] = own["escape"]
+        own["e"] = own["forceescape"] = own["escape"]
+        own |= BOUNDED
         kept = {"first", "last", "default", "d", "max", "min"}
         self.filters = {name: own.get(name) or FILTERS[name] for name in (*_FILTERS, *own)}
         self.filters = {name: f if name in kept else self._charging(f) for name, f in self.filters.items()}

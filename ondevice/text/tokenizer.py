@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers import AddedToken
 
 from ondevice.errors import OptionError
 from ondevice.text.chat_template import render
 from ondevice.text.detokenizer import Detokenizer
-from ondevice.text.gguf_bpe import read_gguf
+from ondevice.text.gguf_tokenizer import read_gguf
 from ondevice.text.hub_folder import read_folder
 from ondevice.text.literal_guard import LiteralGuard
 from ondevice.text.messages import flat_messages
@@ -46,6 +47,8 @@ class Tokenizer:
         self.chat_template = source.chat_template
         self.pieces = Pieces(self._backend, added, self.vocab_size, source.path)
         self._guard = LiteralGuard(source.special)
+        # The unknown token stands for characters without a piece; it is not made of its own text.
+        self._never_typed = self.special_ids - _unknown(self._backend)
         self._name_privately(added)
 
     @classmethod
@@ -123,7 +126,7 @@ class Tokenizer:
     def _ids(self, text: str) -> list[int]:
         text = _well_formed(text)
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        if not self.special_ids.isdisjoint(ids):
+        if not self._never_typed.isdisjoint(ids):
             # Some models make a special token of its text by themselves: Unigram, or BPE with merges for it. Cut
             # up it stays text, though a model that begins every word with a space may see one more.
             ids = self._backend.encode(self._guard.cut(text, self._cut), add_special_tokens=False).ids
@@ -243,6 +246,14 @@ class Tokenizer:
         _write(folder / "tokenizer.json", backend)
         _write(folder / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None})
         _write(folder / "generation_config.json", {k: v for k, v in generation.items() if v not in (None, [])})
+
+
+def _unknown(backend: tokenizers.Tokenizer) -> set[int]:
+    """What the model makes of a character that no vocabulary has, where that is not its bytes."""
+    try:
+        return {token.id for token in backend.model.tokenize("\U0010ffff")}
+    except Exception:  # the library raises bare Exception for a model without an unknown token
+        return set()
 
 
 def _private_name(mark: str, number: int) -> str:

@@ -44,6 +44,27 @@ def test_a_round_trip_is_exact_where_the_vocabulary_has_all_bytes(tmp_path: Path
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_behind_a_prompt_the_text_is_what_both_have_beyond_it(pair: tuple) -> None:
+    tokenizer, _ = pair
+    for text in [text for text in TEXTS if text] + [" a", "  a b", "a  b"]:
+        ids = tokenizer.encode(text)
+        for cut in range(len(ids) + 1):
+            prompt = tokenizer.decode(ids[:cut])
+            if "\ufffd" in prompt:
+                continue  # it ends inside a character
+            detokenizer = Detokenizer(tokenizer, prompt=ids[:cut])
+            rest = "".join([*map(detokenizer.push, ids[cut:]), detokenizer.finish()])
+            assert prompt + rest == tokenizer.decode(ids)
+
+
+def test_only_a_prompt_without_text_is_the_start(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, byte_fallback()))
+    word = tokenizer.encode("the", add_special=False)
+    for prompt, text in (([], "the"), ([1], "the"), (word, " the"), ([1, *word], " the")):
+        detokenizer = Detokenizer(tokenizer, prompt=prompt)
+        assert "".join(map(detokenizer.push, word)) == text
+
+
 def test_random_ids_stream_as_they_decode(pair: tuple) -> None:
     tokenizer, backend = pair
     rng = random.Random(5)

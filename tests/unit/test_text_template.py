@@ -42,6 +42,29 @@ def run(template: str, messages: list[dict[str, Any]] | None = None, **kwargs: A
         ("{{ messages | map(attribute='role') | list }}{{ messages[0:1] | length }}", "['user']1"),
         ("{% macro m(a) %}[{{ a }}]{% endmacro %}{{ m('x') | safe | e }}{{ 2 ** 10 }}", "[x]1024"),
         ("{% set x %}a{{ 1 }}b{% endset %}{{ x | upper }}{{ ('a' 'b') * 2 }}", "A1Babab"),
+        (
+            "{{ [1, 2, 3] | batch(2, 'x') | list }}{{ [1, 2, 3] | slice(2, 'x') | list }}",
+            "[[1, 2], [3, 'x']][[1, 2], [3, 'x']]",
+        ),
+        ("{{ 'ab' | center(6) }}|{{ 1.26 | round(1) }}{{ 2.1 | round(0, 'ceil') | int }}", "  ab  |1.33"),
+        (
+            "{{ [1, 2.5] | sum }}{{ [{'a': 1}, {'a': 2}] | sum('a', 10) }}{{ [[1], [2]] | sum(start=[]) }}",
+            "3.513[1, 2]",
+        ),
+        (
+            "{{ 'a b c d e f' | wordwrap(3) | replace('\n', '/') }}{{ 'abcdefgh' | truncate(5, true, leeway=0) }}",
+            "a b/c d/e fab...",
+        ),
+        (
+            "{{ 'a b&é' | urlencode }}{{ {'a': 1, 'b': none} | xmlattr }}{{ '<b>x</b>' | striptags }}",
+            'a%20b%26%C3%A9 a="1"x',
+        ),
+        (
+            "{{ '<' | forceescape }}{{ [1] | pprint }}{{ 1000000 | filesizeformat }}{{ messages[0] | attr('nosuch') }}",
+            "&lt;[1]1.0 MB",
+        ),
+        ("{{ 'see http://a.org' | urlize }}", 'see <a href="http://a.org" rel="noopener">http://a.org</a>'),
+        ("{{ 3 is odd and 4 is divisibleby(2) and 'x' is string and [] is sequence and 1 is in([1]) }}", "True"),
         ("", ""),
     ],
 )
@@ -104,6 +127,18 @@ def test_reaching_out_is_refused(template: str) -> None:
         "{{ range(10**9) | list }}",
         "{{ lipsum(n=10**6) }}",
         "{{ [1] | batch(10**9, 'x') | list }}",
+        "{{ [1] | batch(10**9) | list }}",
+        "{{ [1] | slice(10**9) | list }}",
+        "{{ [1] | slice(1000, 'x' * 100000) | list }}",
+        "{{ 1.5 | round(10**9, 'ceil') }}",
+        "{{ 1 | round(-10**9, 'floor') }}",
+        "{{ (['a' * 100000] * 100) | sum(start='') }}",
+        "{{ ('a b' * 100000) | wordwrap(1, true, 'x' * 1000) }}",
+        "{{ ('www.a.org ' * 10000) | urlize }}",
+        "{{ ('www.a.org ' * 100) | urlize(target='x' * 100000) }}",
+        "{{ ('é' * 999999) | urlencode }}",
+        "{{ '' | attr('__class__') }}",
+        "{{ [1, 2] | random }}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         *(
             "{% set ns = namespace(x=SEED) %}{% for i in range(9999) %}STEP{% endfor %}{{ ns.x }}".replace(
