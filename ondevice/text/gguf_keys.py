@@ -84,7 +84,8 @@ class GgufKeys:
         types = self._list("token_type", int, [int(TokenType.NORMAL)] * count)
         if len(types) != count:
             raise self._error("token_type", f"{len(types)} entries for {count} tokens")
-        wrong = next((i for i, value in enumerate(types) if not 1 <= value <= max(TokenType)), None)
+        last = max(TokenType)
+        wrong = next((i for i, value in enumerate(types) if not 1 <= value <= last), None)
         if wrong is not None:
             raise self._error("token_type", f"{types[wrong]} at [{wrong}] is no token type (1 to 6)")
         return types
