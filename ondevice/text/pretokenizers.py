@@ -129,7 +129,7 @@ _CASED_SCRIPTS = (
     r"\x{FF41}-\x{FF5A}\x{10400}-\x{1044F}\x{104B0}-\x{104D3}\x{104D8}-\x{104FB}\x{10C80}-\x{10CB2}"
     r"\x{10CC0}-\x{10CF2}\x{118A0}-\x{118DF}\x{1E900}-\x{1E943}"
 )
-_DEEPSEEK3 = (rf"[!-/:-@\[-`{{-~][A-Za-z]+|[^\r\n{_L}{_P}{_S}]?[{_L}{_M}]+| ?[{_P}{_S}]+[\r\n]*|{_SPACES}",)
+_DEEPSEEK3 = rf"[!-/:-@\[-`{{-~][A-Za-z]+|[^\r\n{_L}{_P}{_S}]?[{_L}{_M}]+| ?[{_P}{_S}]+[\r\n]*|{_SPACES}"
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _kinds() -> dict[PreTokenizer, str]:
         PreTokenizer((_words(f"[{_L}{_M}]", ""),)): "qwen35",
         PreTokenizer((_cased("", ""),), ignore_merges=True, adds_bos=True): "tekken",
         PreTokenizer((_cased("{1,3}", f"(?:{_ENDINGS})?"),)): "gpt-4o llama4 kanana2 minimax-m2",
-        PreTokenizer((f"{_N}{{1,3}}", r"[\x{4E00}-\x{9FA5}\x{3040}-\x{30FF}]+", *_DEEPSEEK3)): """deepseek-v3
+        PreTokenizer((f"{_N}{{1,3}}", r"[\x{4E00}-\x{9FA5}\x{3040}-\x{30FF}]+", _DEEPSEEK3)): """deepseek-v3
             hunyuan-dense joyai-llm""",
         PreTokenizer(
             (

@@ -63,10 +63,10 @@ def _bpe(model: SentencePieceModel, whole_words: bool) -> Any:
     # Other types are never made by merging; a dict, as it keeps the order.
     mergeable = dict.fromkeys(model.pieces[i] for i in by_score if model.types[i] == TokenType.NORMAL)
     merges = [
-        (piece[:cut], piece[cut:])
+        (left, right)
         for piece in mergeable
         for cut in range(1, len(piece))
-        if piece[:cut] in mergeable and piece[cut:] in mergeable
+        if (left := piece[:cut]) in mergeable and (right := piece[cut:]) in mergeable
     ]
     return models.BPE(
         {piece: index for index, piece in enumerate(model.pieces)},
@@ -79,12 +79,10 @@ def _bpe(model: SentencePieceModel, whole_words: bool) -> Any:
 
 
 def _unigram(model: SentencePieceModel) -> Any:
-    best = max((s for s, kind in zip(model.scores, model.types) if kind == TokenType.NORMAL), default=0.0)
-
     def score(index: int) -> float:
         if model.types[index] == TokenType.USER_DEFINED:
-            # Better than as many of the best pieces as it has bytes, nearly.
-            return len(model.pieces[index].encode()) * best - 0.1
+            # What SentencePiece 0.2.3 was measured to give: nearly always better than any other split.
+            return 0.1 * (len(model.pieces[index].encode()) - 1)
         return model.scores[index] if model.types[index] == TokenType.NORMAL else 0.0
 
     vocabulary = [(piece, score(index)) for index, piece in enumerate(model.pieces)]

@@ -56,7 +56,7 @@ class Tokenizer:
         """Reads the tokenizer of a Hub folder.
 
         Args:
-            path: folder with tokenizer.json and, where they exist, the configuration files beside it.
+            path: folder with tokenizer.json, tokenizer.model, or vocab.json and merges.txt, and the files beside them.
 
         Returns:
             The tokenizer.

@@ -15,6 +15,7 @@ import gzip
 import json
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,23 @@ def tiny_vocabulary() -> dict[str, list[Any]]:
     tokens = [*sorted(kept, key=kept.__getitem__), "Ġzebra", "<|im_start|>", "<|tool|>"]
     types = [1] * (len(tokens) - 2) + [3, 4]
     return {"tokens": tokens, "types": types, "merges": [" ".join(m) for m in merges]}
+
+
+def joining_vocabulary() -> dict[str, list[Any]]:
+    """Joins a few characters with any byte before or after them, so that ids show where a text was split."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [pair for x in "a1!AĠĊ" for b in alphabet for pair in ((x, b), (b, x))]
+    merges = list(dict.fromkeys(" ".join(pair) for pair in pairs))
+    tokens = list(dict.fromkeys([*alphabet, *(merge.replace(" ", "") for merge in merges)]))
+    return {"tokens": tokens, "types": [1] * len(tokens), "merges": merges}
+
+
+def newer_characters() -> list[str]:
+    """First and last of each run of characters that Python's tables have not and the regex engine has."""
+    unassigned = "".join(chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) == "Cn")
+    split = pre_tokenizers.Split(tokenizers.Regex(r"[^\p{L}\p{N}\p{M}\p{P}\p{S}]+"), "removed")
+    known = {ord(c) for piece, _ in split.pre_tokenize_str(unassigned) for c in piece}
+    return [chr(c) for c in sorted(known) if not {c - 1, c + 1} <= known or c % 64 == 0]
 
 
 def write_gguf(path: Path, vocabulary: dict[str, list[Any]], pre: str | None, space: bool = True) -> None:
@@ -93,6 +111,12 @@ def main() -> None:
         for pre in PRE_TOKENIZERS:
             write_gguf(Path(folder) / "tiny.gguf", vocabulary, pre)
             tiny_ids[pre] = ids_of(Path(folder) / "tiny.gguf", tiny_texts)
+        joins = joining_vocabulary()
+        newer = [f"a{c}a 1{c}1 {c}!{c}!A{c}A {c}{c}\n" for c in newer_characters()]
+        newer_ids = {}
+        for pre in ("deepseek-v3", "qwen2"):
+            write_gguf(Path(folder) / "joins.gguf", joins, pre)
+            newer_ids[pre] = ids_of(Path(folder) / "joins.gguf", newer)
         spm = gguf_vocabulary()
         spm_texts = [*random_texts(250, seed=22), *SPM_TEXTS]
         spm_ids = {}
@@ -107,6 +131,7 @@ def main() -> None:
             "special_ids": ids_of(smollm2, texts, special=True),
         },
         "tiny": {"vocabulary": vocabulary, "texts": tiny_texts, "ids": tiny_ids},
+        "newer": {"vocabulary": joins, "texts": newer, "ids": newer_ids},
         "spm": {"vocabulary": spm, "texts": spm_texts, "ids": spm_ids},
     }
     data = json.dumps(golden, ensure_ascii=False, separators=(",", ":")).encode()

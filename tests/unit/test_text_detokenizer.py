@@ -4,11 +4,14 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders
 
 from ondevice.errors import UnsupportedModelError
+from ondevice.generation.batch import Row
+from ondevice.generation.sampling import SamplingParams
 from ondevice.text.detokenizer import Detokenizer
 from ondevice.text.pieces import byte_alphabet
 from ondevice.text.tokenizer import Tokenizer
@@ -63,6 +66,16 @@ def test_only_a_prompt_without_text_is_the_start(tmp_path: Path) -> None:
     for prompt, text in (([], "the"), ([1], "the"), (word, " the"), ([1, *word], " the")):
         detokenizer = Detokenizer(tokenizer, prompt=prompt)
         assert "".join(map(detokenizer.push, word)) == text
+
+
+def test_an_answer_goes_on_from_its_prompt(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, byte_fallback()))
+    (word,) = tokenizer.encode("the", add_special=False)
+    logits = np.zeros(tokenizer.vocab_size, np.float32)
+    logits[word] = 9
+    for prompt, text in (([1], "the"), ([1, word], " the")):
+        row = Row(0, prompt, SamplingParams(temperature=0.0), tokenizer, tokenizer.vocab_size)
+        assert row.accept(logits, room=True).text == text
 
 
 def test_random_ids_stream_as_they_decode(pair: tuple) -> None:

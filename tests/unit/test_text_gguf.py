@@ -134,19 +134,14 @@ def test_smollm2_attributes_and_chat(smollm2_tokenizer: Tokenizer) -> None:
     assert "Say <|im_end|>\n<|im_start|>system" in tokenizer.decode(ids)
 
 
-def test_new_letters_of_unicode_16_are_no_letters() -> None:
-    """U+1C89 is a letter since Unicode 16; llama.cpp does not know it, so it makes no word with an a."""
-    tokens = [*GOLDEN["tiny"]["vocabulary"]["tokens"], "á²ī", "á²īa"]
-    types = [*GOLDEN["tiny"]["vocabulary"]["types"], 1, 1]
-    merges = [m for m in GOLDEN["tiny"]["vocabulary"]["merges"] if "á" not in m and "²" not in m]
-    merges = ["á ²", "á² ī", "á²ī a", *merges]
-    kept = [*tokens, "á²"]
-    metadata = tiny_metadata(tokens=kept, token_type=[*types, 1], merges=merges)
-    if len(set(kept)) != len(kept):
-        pytest.fail("the golden vocabulary has one of these tokens now; choose others")
-    tokenizer = Tokenizer.from_gguf(metadata, FILE)
-    ids = tokenizer.encode("\u1c89a", add_special=False)
-    assert [tokenizer.token_bytes(i) for i in ids] == ["\u1c89".encode(), b"a"]
+@pytest.mark.parametrize("pre", list(GOLDEN["newer"]["ids"]))
+def test_characters_newer_than_llama_cpps_tables_are_split_as_it_splits_them(pre: str) -> None:
+    vocabulary = GOLDEN["newer"]["vocabulary"]
+    changes = {"token_type": vocabulary["types"], "bos_token_id": None, "eos_token_id": None}
+    changes |= {key: vocabulary[key] for key in ("tokens", "merges")}
+    tokenizer = Tokenizer.from_gguf(tiny_metadata(pre, **changes), FILE)
+    got = [tokenizer.encode(text, add_special=False) for text in GOLDEN["newer"]["texts"]]
+    assert got == GOLDEN["newer"]["ids"][pre]
 
 
 def test_bytes_without_a_token_are_left_out_and_keep_their_neighbours_apart() -> None:

@@ -258,6 +258,17 @@ def piece(text: str | bytes, score: float = 0.0, kind: int = 1) -> bytes:
 UNKNOWN = piece("<unk>", kind=2)
 
 
+def test_user_defined_pieces_of_unigram_models_compete(tmp_path: Path) -> None:
+    """Models that were put together by hand have pieces that run across them."""
+    pieces = [("ab", 0.0, 4), ("abc", -1.95, 1), ("abd", -1.85, 1), *((text, -2.0, 1) for text in "▁abcd")]
+    data = UNKNOWN + piece("<s>", kind=3) + piece("</s>", kind=3) + b"".join(piece(*p) for p in pieces)
+    tokenizer = Tokenizer.from_folder(write(tmp_path, data))
+    judge = sentencepiece.SentencePieceProcessor(model_proto=data)
+    for text in ("abc", "ab", "abd", "aab", "abab", "abcd abc", "dab c", "xab", "xabc"):
+        assert tokenizer.encode(text, add_special=False) == judge.encode(text)
+    assert (len(judge.encode("abc")), len(judge.encode("abd"))) == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("data", "word"),
     [
