@@ -1,0 +1,67 @@
+"""The cache of compiled kernels: never stale, never mixed up, and nobody else's business."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import pytest
+
+import cpu_kernels
+from cpu_kernels import attention, linear
+from cpu_kernels.compile import our_cache
+
+ADD_TWO = """
+import ctypes, numpy as np
+from cpu_kernels import rows
+x, out = np.full(16, 5, np.float32), np.empty(16, np.float32)
+words = np.array([out.ctypes.data, 64, x.ctypes.data, 64, x.ctypes.data, 64, 16], np.int64)
+ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(rows.add_rows.address)(words.ctypes.data, 0, 0)
+print(out[0])
+"""
+
+
+def test_an_edited_intrinsic_is_compiled_anew(tmp_path: Path) -> None:
+    """Numba alone would not notice: the kernel's own file stays as it is."""
+    package = Path(cpu_kernels.__file__).parent
+    shutil.copytree(package, tmp_path / "cpu_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def run() -> str:
+        command = [sys.executable, "-c", ADD_TWO]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=100
+        )
+        return done.stdout.strip()
+
+    assert [run(), run()] == ["10.0", "10.0"]
+    simd = tmp_path / "cpu_kernels" / "simd.py"
+    edited = simd.read_text().replace("return b.fadd(x, y)\n", "return b.fmul(x, y)\n")
+    assert edited != simd.read_text()
+    simd.write_text(edited)
+    assert run() == "25.0"
+
+
+def test_the_callers_cache_folder_is_left_alone() -> None:
+    before = numba.config.CACHE_DIR
+    with pytest.raises(RuntimeError), our_cache():
+        assert before != numba.config.CACHE_DIR
+        raise RuntimeError
+    assert before == numba.config.CACHE_DIR
+
+
+def test_shapes_of_a_kernel_have_names_of_their_own() -> None:
+    """Machine code is found by name across processes, so one name must not stand for two shapes."""
+    makers = (attention.attention_tokens, attention.attention_chunks, attention.attention_merge)
+    made = [maker(*shape) for maker in makers for shape in ((1, 16), (2, 16), (1, 32))]
+    forms = ((4, 2, "f16", False), (4, 2, "f16", True), (8, 2, "f16", True))
+    made += [linear.quantized_linear(*form) for form in forms]
+    made += [linear.float_linear(kind) for kind in ("f32", "f16")]
+    names = [kernel.function.__qualname__ for kernel in made]
+    assert len(set(names)) == len(names)
+    chunks = [attention._chunk(*shape).py_func.__qualname__ for shape in ((1, 16), (2, 16), (1, 32))]
+    assert len(set(chunks)) == 3
