@@ -226,9 +226,22 @@ class Model:
             return iter(())
         if context is not None:
             self.spec.check_context(context, "context")
-        longest = max(len(row.prompt) + row.params.max_tokens for row in rows)
-        capacity = min(longest, context or self.spec.context_length, self.spec.context_length)
-        return generate(self.decoder, rows, self.decoder.new_cache(len(rows), capacity))
+        return self._run_groups(rows, context or self.spec.context_length)
+
+    def _run_groups(self, rows: list[Row], context: int) -> Iterator[Piece]:
+        """Runs the rows as one batch; as two where rope has other factors for long sequences than for short ones.
+
+        Which factors a row gets must depend on that row alone, and they follow from the size of its cache.
+        """
+        border = self.spec.rope_border
+        need = {row.index: min(len(row.prompt) + row.params.max_tokens, context) for row in rows}
+        for long in (False, True):
+            group = [row for row in rows if (border > 0 and need[row.index] > border) == long]
+            for slot, row in enumerate(group):
+                row.slot = slot
+            if group:
+                cache = self.decoder.new_cache(len(group), max(need[row.index] for row in group))
+                yield from generate(self.decoder, group, cache)
 
 
 def _params(sampling: dict[str, Any]) -> SamplingParams:

@@ -162,6 +162,14 @@ class ModelSpec:
         """Query heads that share one KV head."""
         return self.n_heads // self.n_kv_heads
 
+    @property
+    def rope_border(self) -> int:
+        """Tokens beyond which rope takes other factors (longrope); 0 if there is no such border."""
+        rope = self.rope
+        if rope is None or rope.scaling != "longrope" or rope.short_factors == rope.long_factors:
+            return 0
+        return rope.original_context
+
     def layer_rope(self, layer: int) -> RopeSpec | None:
         """Rotary embedding of one layer."""
         return self.local_rope if self.local_rope and self.windows[layer] else self.rope

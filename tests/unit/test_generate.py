@@ -10,6 +10,9 @@ import pytest
 import ondevice
 from ondevice.errors import ContextLengthError, ModelNotFoundError, OptionError
 from ondevice.generation.sampling import SamplingParams
+from ondevice.spec import RopeSpec
+from tests.conftest import VOCAB, write_tokenizer
+from tests.tiny import tiny_checkpoint, tiny_spec
 
 PROMPTS = ["Why is the sky blue?", "Hi", "The quick brown fox jumps over the lazy dog. Hello there! " * 2]
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -218,3 +221,18 @@ def test_a_session_says_when_it_is_full(tiny):
     assert say(session, ids, n=3) == tokens[:3]
     with pytest.raises(ContextLengthError):
         tiny.session(context=1000)
+
+
+def test_rows_on_both_sides_of_longropes_border_equal_their_single_runs(tmp_path_factory):
+    """Factors for long sequences must not reach a short row because a long one shares its batch."""
+    factors = {"short_factors": (1.0,) * 8, "long_factors": tuple(1.5 + i for i in range(8))}
+    rope = RopeSpec(dim=16, scaling="longrope", original_context=50, attention_factor=1.1, **factors)
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("long") / "m", tiny_spec(vocab_size=VOCAB, rope=rope))
+    write_tokenizer(folder)
+    model = ondevice.load(folder, backend="reference")
+    prompts = ["Hi", "The quick brown fox jumps over the lazy dog. " * 6, "Why?"]
+    lengths = [len(model.encode(p, raw=True)) for p in prompts]
+    assert max(lengths[0], lengths[2]) + 12 <= 50 < lengths[1] + 12
+    batch = model.generate(prompts, raw=True, max_tokens=12, **GREEDY)
+    alone = [model.generate(p, raw=True, max_tokens=12, **GREEDY) for p in prompts]
+    assert [a.tokens for a in batch] == [a.tokens for a in alone]
