@@ -34,8 +34,6 @@ PREFETCH = 1024
 """Bytes ahead of their use at which weights are asked for."""
 BLOCK = 4
 """Tokens that share one unpacking of the weights."""
-META = 32
-"""Bytes of one activation group's numbers, see `rows.quantize_row`."""
 
 _LOADS = {"f32": (simd.load_f32, 4), "f16": (simd.load_f16, 2), "bf16": (simd.load_bf16, 2)}
 

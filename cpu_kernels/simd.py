@@ -17,7 +17,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
-HALF, SINGLE, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+HALF, SINGLE = ir.HalfType(), ir.FloatType()
 LANES = 16
 
 

@@ -9,6 +9,7 @@ from typing import Any, overload
 
 from ondevice.checkpoint import open_checkpoint, store
 from ondevice.decoder import Decoder
+from ondevice.defaults import BACKENDS, DEFAULT_MODEL
 from ondevice.errors import ModelNotFoundError, OptionError
 from ondevice.generation.batch import Piece, Row, Stats, generate
 from ondevice.generation.sampling import SamplingParams, TokenLogprob
@@ -17,7 +18,6 @@ from ondevice.ops.base import Ops
 
 Progress = Callable[[int, int, str], None]
 Messages = Sequence[Mapping[str, Any]]
-BACKENDS = ("auto", "cpu", "reference")
 DEFAULT_CONTEXT = 8192
 """Tokens of a session where the model could hold more: its cache would cost memory that few conversations need."""
 
@@ -76,7 +76,7 @@ def find(name: str, progress: Progress | None = None) -> Path:
     try:
         return store.resolve(name)
     except ModelNotFoundError:
-        if name != store.DEFAULT:
+        if name != DEFAULT_MODEL:
             raise
         return store.pull(name, progress)
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ondevice.checkpoint.progress import Progress, folder_size
+from ondevice.defaults import DEFAULT_MODEL
 from ondevice.errors import CheckpointError, ModelNotFoundError, OndeviceError, OptionError
 
-DEFAULT = "smollm2"
 OFFLINE = ("ONDEVICE_OFFLINE", "HF_HUB_OFFLINE")
 """Variables that, set to 1, forbid fetching; the second is the Hub library's own."""
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
@@ -198,7 +198,7 @@ def parse(name: str) -> HubName:
     match = _NAME.fullmatch(name)
     if match is None:
         raise OptionError(
-            f"{name[:200]!r} is no model name: give an alias ({DEFAULT}), org/repo, org/repo@revision or "
+            f"{name[:200]!r} is no model name: give an alias ({DEFAULT_MODEL}), org/repo, org/repo@revision or "
             "org/repo/file.gguf of the Hub, or the path of a model on disk"
         )
     file = match[4]
@@ -248,7 +248,7 @@ def _not_found(name: str) -> ModelNotFoundError:
     if _slot(name) is not None:
         way_out = f"run `ondevice pull {name}` to fetch it"
     else:
-        way_out = f"`ondevice pull NAME` fetches {DEFAULT}, or org/repo from the Hub"
+        way_out = f"`ondevice pull NAME` fetches {DEFAULT_MODEL}, or org/repo from the Hub"
     known = sorted({*ALIASES, *(entry.name for entry in ls())} - {name})
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""

@@ -14,6 +14,7 @@ from ondevice import __version__, machine
 from ondevice.commands.options import json_option
 from ondevice.commands.progress import reporting, size
 from ondevice.commands.terminal import table
+from ondevice.defaults import DEFAULT_MODEL
 
 LIBRARIES = ("numpy", "numba", "llvmlite", "tokenizers", "huggingface-hub", "jinja2", "click", "rich", "prompt-toolkit")
 ABSENT = "not in this version of ondevice"
@@ -42,7 +43,7 @@ def _warm() -> None:
 
     entries = store.ls()
     if not entries:
-        click.echo(f"nothing to compile for: no model in the store; `ondevice pull {store.DEFAULT}`", err=True)
+        click.echo(f"nothing to compile for: no model in the store; `ondevice pull {DEFAULT_MODEL}`", err=True)
     for entry in entries:
         with reporting() as progress:
             load(entry.path, backend="cpu", progress=progress)

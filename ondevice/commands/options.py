@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
+from ondevice.defaults import BACKENDS, DEFAULT_MODEL
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-BACKENDS = ("auto", "cpu", "reference")
-DEFAULT_MODEL = "smollm2"
 CHAT_TEMP = "  [default: 0.2; 0 for a single prompt, so that one question has one answer]"
 
 

@@ -12,6 +12,7 @@ import click
 from ondevice.commands.options import json_option, model_argument
 from ondevice.commands.progress import reporting, size
 from ondevice.commands.terminal import safe, table
+from ondevice.defaults import DEFAULT_MODEL
 
 
 @click.command()
@@ -39,7 +40,7 @@ def ls(as_json: bool) -> None:
         click.echo(json.dumps([{**asdict(entry), "path": str(entry.path)} for entry in entries], indent=1))
         return
     if not entries:
-        click.echo(f"No models in {store.root()}; `ondevice pull {store.DEFAULT}` fetches one.", err=True)
+        click.echo(f"No models in {store.root()}; `ondevice pull {DEFAULT_MODEL}` fetches one.", err=True)
     width = max((len(entry.name) for entry in entries), default=0)
     for entry in entries:
         day = time.strftime("%Y-%m-%d", time.localtime(entry.modified))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ondevice.commands.options import BACKENDS, engine_options, json_option, model_argument
+from ondevice.commands.options import engine_options, json_option, model_argument
 from ondevice.commands.progress import reporting
+from ondevice.defaults import BACKENDS
 from ondevice.errors import OndeviceError, OptionError
 
 if TYPE_CHECKING:

@@ -1,0 +1,6 @@
+"""Names that both the library and the command line offer; importing them costs nothing."""
+
+from __future__ import annotations
+
+BACKENDS = ("auto", "cpu", "reference")
+DEFAULT_MODEL = "smollm2"
