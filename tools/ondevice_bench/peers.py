@@ -14,6 +14,7 @@ Without a peer, `ondevice bench` measures ours alone.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -32,6 +33,8 @@ from ondevice_bench.ratios import Comparison, compare, median
 from ondevice_bench.report import markdown
 
 QUIET, COLD = "quiet", "cold"
+LOAD = 0.3
+"""Load average from which a machine is not quiet."""
 SWITCH = click.Choice(["on", "off"])
 FILE = click.Path(dir_okay=False, path_type=Path)
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -44,10 +47,12 @@ class Results:
     Args:
         samples: by (condition, test, contender), a list for each round.
         about: what each contender says of itself: version, bytes and parameters.
+        load: average of the machine before, in busy threads.
     """
 
     samples: dict[tuple[str, str, str], list[list[float]]] = field(default_factory=dict)
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
 
     def add(self, condition: str, contender: str, answer: dict[str, Any]) -> None:
         """Takes the answer of one process."""
@@ -163,7 +168,13 @@ def text(results: Results, threads: int) -> str:
             }
         )
     tables = [markdown(about, ("program", "version")), markdown(rows, ("test", "machine", "peer's best"))]
-    return "\n\n".join([*tables, f"{threads} threads each; medians; ratio above 1: ours is faster"])
+    notes = f"{threads} threads each; medians; a ratio above 1: ours is faster"
+    if results.load > LOAD:
+        notes += (
+            f"\nThe machine was not quiet (load average {results.load:.1f} before): a shared core slows programs that "
+            "wait for each other differently, so run this again when nothing else runs."
+        )
+    return "\n\n".join([*tables, notes])
 
 
 def document(results: Results, model: str, threads: int) -> dict[str, Any]:
@@ -172,6 +183,7 @@ def document(results: Results, model: str, threads: int) -> dict[str, Any]:
         "model": model,
         "threads": threads,
         "cpu": cpu_name(),
+        "load_before": results.load,
         "contenders": results.about,
         "comparisons": [asdict(c) for c in results.comparisons()],
         "samples": [
