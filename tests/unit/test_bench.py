@@ -8,6 +8,7 @@ import json
 import math
 import time
 from contextlib import contextmanager
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -162,13 +163,17 @@ def test_measuring_times_each_repetition_but_not_what_lies_between(tiny):
     assert len(result.samples) == 2 and min(result.samples) > 2 / 0.05
 
 
-@pytest.mark.parametrize(("case", "calls"), [(Case("tg", 3, 5, 2), [2] * 9), (Case("pp", 7, 5, 2), [7] * 6)])
-def test_what_is_run(tiny, monkeypatch, case, calls):
-    """One repetition to warm up and two timed ones, from the same depth each time."""
+@pytest.mark.parametrize(
+    ("case", "calls", "rate"), [(Case("tg", 3, 5, 2), [2] * 9, 2.0), (Case("pp", 7, 5, 2), [7] * 6, 7.0)]
+)
+def test_what_is_run(tiny, monkeypatch, case, calls, rate):
+    """One repetition to warm up and two timed ones, from the same depth each time; each step takes a second."""
+    clock = SimpleNamespace(perf_counter=count().__next__)
+    monkeypatch.setattr("ondevice_bench.measure.time", clock)
     steps = []
     run = tiny.decoder.ops.run
     monkeypatch.setattr(tiny.decoder.ops, "run", lambda step, *rest: steps.append(step) or run(step, *rest))
-    measure(tiny.decoder, case, 2)
+    assert measure(tiny.decoder, case, 2).samples == [rate, rate]
     assert [list(step.tokens.shape) for step in steps[:2]] == [[5], [5]]  # the depth of each sequence
     assert [len(step.tokens) for step in steps[2:]] == calls
     assert {int(step.positions.max()) for step in steps[2:]} <= set(range(case.depth, case.positions))

@@ -97,6 +97,12 @@ def test_peers_without_a_gguf_file_say_so(tiny_path):
     assert result.exit_code == 1 and "--llama-model" in result.stderr
 
 
+def test_peers_without_a_peer_say_how_to_get_one(tiny_path):
+    result = CliRunner().invoke(peers.peers, [str(tiny_path)])
+    assert result.exit_code == 2 and "--llama-python PATH" in result.stderr
+    assert "pip install llama-cpp-python gguf" in CliRunner().invoke(peers.peers, ["--help"]).stdout
+
+
 def test_our_runner_answers_like_the_others(tiny_cpu, tiny_path, monkeypatch, capsys):
     tests = json.dumps([["tg", 3, 2, 1, "one"], ["pp", 4, 0, 2, "two"]])
     options = ["--tests", tests, "--threads", "2", "--repetitions", "2", "--cold", "4096"]

@@ -72,7 +72,7 @@ class Results:
 
 @click.command(help=__doc__.replace("\n\n    ", "\n\n\b\n    "))
 @click.argument("model", default=DEFAULT_MODEL, envvar="ONDEVICE_MODEL")
-@click.option("--llama-python", type=EXISTING, required=True, help="The Python that has llama-cpp-python.")
+@click.option("--llama-python", type=EXISTING, help="The Python that has llama-cpp-python; needed.")
 @click.option(
     *("--llama-model", "models"),
     type=EXISTING,
@@ -96,7 +96,7 @@ class Results:
 @click.option("--picture", type=FILE, help="Write the ratios there as SVG.")
 def peers(
     model: str,
-    llama_python: Path,
+    llama_python: Path | None,
     models: tuple[Path, ...],
     flash: tuple[str, ...],
     repack: tuple[str, ...],
@@ -109,6 +109,8 @@ def peers(
     json_file: Path | None,
     picture: Path | None,
 ) -> None:
+    if llama_python is None:
+        raise click.UsageError("Give the peer's Python with --llama-python PATH; --help says how to make one.")
     try:
         cases = parse(tests)
         rivals = llamas(llama_python, models or (_gguf(model),), flash, repack)

@@ -120,7 +120,7 @@ def _memory(rows: Sequence[Row]) -> str:
     for threads in dict.fromkeys(r["threads"] for r in rows):
         mine = [r for r in rows if r["threads"] == threads]
         shares = ", ".join(f"{r['test']} {100 * r['read_share']:.0f} %" for r in mine if r["test"].startswith("tg"))
-        who = f"{threads} threads" if threads else "all threads"
+        who = f"{threads} thread{'s' if threads > 1 else ''}" if threads else "all threads"
         reached = f"; reached: {shares}" if shares else ""
         lines.append(f"memory as measured here: {mine[0]['read_gbs']:.1f} GB/s read by {who}{reached}")
     return "\n".join(lines)
