@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ondevice_bench.report import Row
 
 DEFAULT_BITS, DEFAULT_GROUP = 4, 32
-GENERATED_ONLY = {"-p": "--only tg", "-n": "--only pp"}
+LEFT_OUT = {"-p": "--only tg", "-n": "--only pp"}
 """How to leave a kind of test out, by the option whose 0 says so in llama-bench."""
 
 
@@ -46,7 +46,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         except ValueError:
             self.fail(f"{text!r} is no whole number; write one, or several with commas between.", param, ctx)
         if number < self.low:
-            way = f"; {GENERATED_ONLY[flag]} leaves these tests out" if flag in GENERATED_ONLY else ""
+            way = f"; {LEFT_OUT[flag]} leaves these tests out" if flag in LEFT_OUT else ""
             self.fail(f"{number} is not possible; give {self.low} or more{way}.", param, ctx)
         return number
 
@@ -116,6 +116,9 @@ def bench(
     of the step (of the embedding one row per token, the head whole, a table that is both once), and the keys and values
     that are visible; activations and writes are not. A prompt passes in steps of 512 tokens. GB/s is that times tok/s,
     and can exceed what the memory gives where the cache holds part of it.
+
+    --profile runs each tg test once more. Times are means over threads: of work in each part of the model, of waiting for
+    other threads, and other, which is Python between the steps and threads that the system had not started yet.
 
     Shapes: smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, gemma-3-1b, llama-3.2-1b, llama-2-7b. Their weights are random codes
     without biases, as in GGUF's Q4_0 and Q8_0, head and embedding included.

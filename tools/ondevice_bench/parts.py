@@ -60,7 +60,9 @@ class Profile:
     batch: int
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per part, then "waiting" of all parts and "other", which is what remains: Python between the steps.
+        """One row per part, then "waiting" of all parts, and "other", which is what no thread has accounted for.
+
+        That is Python between the steps, and threads that were not running yet when others were.
 
         Returns:
             Keys "part", "us_per_token", "share" (of all time) and "gbs" (None where no weights are read).
