@@ -117,8 +117,8 @@ def bench(
     that are visible; activations and writes are not. A prompt passes in steps of 512 tokens. GB/s is that times tok/s,
     and can exceed what the memory gives where the cache holds part of it.
 
-    --profile runs each tg test once more. Times are means over threads: of work in each part of the model, of waiting for
-    other threads, and other, which is Python between the steps and threads that the system had not started yet.
+    --profile runs each tg test once more. Times are means over threads: of work in each part of the model, of waiting
+    for other threads, and other, which is Python between the steps and threads that the system had not started yet.
 
     Shapes: smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, gemma-3-1b, llama-3.2-1b, llama-2-7b. Their weights are random codes
     without biases, as in GGUF's Q4_0 and Q8_0, head and embedding included.
