@@ -226,6 +226,14 @@ def store_f16(b, a, v):
     b.store(_narrow(b, v), pointer(b, a, ir.VectorType(I16, LANES)), align=2)
 
 
+@op(VOID(A, F))
+def spread_f16(b, a, v):
+    """Stores 16 lanes as float16, 32 bytes apart."""
+    halves = _narrow(b, v)
+    for i in range(LANES):
+        b.store(b.extract_element(halves, I32(i)), pointer(b, offset(b, a, 32 * i), I16), align=2)
+
+
 @op(F(A))
 def load_bf16(b, a):
     raw = b.load(pointer(b, a, ir.VectorType(I16, LANES)), align=2)

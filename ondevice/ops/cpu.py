@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -62,6 +63,33 @@ class Buffer:
     def codes(self) -> tuple[int, int]:
         """Addresses of the int8 planes and of their numbers, 0 where there are none."""
         return (self.quantized[0].address, self.quantized[1].address) if self.quantized else (0, 0)
+
+
+class Rotated:
+    """A buffer times a rotary embedding, which whoever reads the buffer may apply in passing.
+
+    Args:
+        source: the buffer before.
+        table: cosines and sines [positions, dimensions].
+        record: records the rotation as an operation of its own, for readers that know only buffers.
+    """
+
+    def __init__(self, source: Buffer, table: NDArray[np.float32], record: Callable[[], Buffer]) -> None:
+        self.source, self.table, self._record = source, table, record
+
+    @functools.cached_property
+    def _buffer(self) -> Buffer:
+        return self._record()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._buffer, name)
+
+
+def _unrotated(x: Buffer | Rotated) -> tuple[Buffer, tuple[Any, int]]:
+    """A buffer to rotate while reading it, with the table and half the rotated dimensions; 0 for nothing to do."""
+    if isinstance(x, Rotated):
+        return x.source, (x.table, x.table.shape[1] // 2)
+    return x, (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +168,6 @@ class CpuOps(Ops):
         shape = (spec.group, spec.head_dim)
         kernels = [*self._kernels, rows.norm, rows.activation, rows.take, rows.quantize, kv_pages.append]
         kernels += [f(*shape) for f in (attention.attention_tokens, attention.attention_chunks)]
-        kernels += [attention.attention_merge(*shape)]
-        kernels += [rope.rope] if spec.rope else []
         kernels += [rows.add_rows] if spec.post_norms or spec.position_offset is not None else []
         kernels += [rows.softcap] if spec.logit_softcap else []
         compile_all(kernels, progress)
@@ -172,10 +198,10 @@ class CpuOps(Ops):
         program = self._recording = Program(step)
         try:
             result: Buffer = body(program.step)
+            start = result.address - result.block.address
         finally:
             self._recording = None
         program.seal()
-        start = result.address - result.block.address
         floats = result.block.array[start : start + result.rows * result.stride_bytes].view(np.float32)
         program.result = floats.reshape(result.rows, result.stride)[:, : result.width]
         program.keep(result.block)
@@ -269,18 +295,24 @@ class CpuOps(Ops):
         starts = np.cumsum([0, *widths[:-1]])
         return [Buffer(x.block, x.address + int(s) * 4, x.rows, width, x.stride) for s, width in zip(starts, widths)]
 
-    def rope(self, x: Buffer, heads: int, positions: Any, rope: Any) -> Buffer:
-        out = self._new(x.rows, x.width)
-        place = (out.address, out.stride_bytes, x.address, x.stride_bytes, positions, rope)
-        self._program.add(_rope_kernel, x.rows, (*place, heads, x.width // heads, rope.shape[1] // 2))
-        return out
+    def rope(self, x: Buffer, heads: int, positions: Any, rope: Any) -> Rotated:
+        def record() -> Buffer:
+            out = self._new(x.rows, x.width)
+            place = (out.address, out.stride_bytes, x.address, x.stride_bytes, positions, rope)
+            self._program.add(_rope_kernel, x.rows, (*place, heads, x.width // heads, rope.shape[1] // 2))
+            return out
 
-    def append(self, cache: KVCache, layer: int, k: Buffer, v: Buffer, step: Step) -> None:
+        return Rotated(x, rope, record)
+
+    def append(self, cache: KVCache, layer: int, k: Buffer | Rotated, v: Buffer, step: Step) -> None:
         pages: _Pages = cache.pages
-        padded = pages.page_bytes // (cache.page * 2)
+        padded = attention.padded_dim(pages.head_dim)
+        k, rotation = _unrotated(k)
         source = (k.address, k.stride_bytes, v.address, v.stride_bytes)
         sizes = (pages.page_bytes, pages.kv_heads, pages.head_dim, padded)
-        arguments = (*source, *self._where(step, cache), *self._layer(pages, layer), *sizes)
+        scratch = padded * 4
+        place = (*self._where(step, cache), *self._layer(pages, layer), *sizes)
+        arguments = (*source, *place, *rotation, self._scratch_memory(scratch), scratch)
         self._program.add(kv_pages.append, k.rows, arguments)
 
     @staticmethod
@@ -293,35 +325,27 @@ class CpuOps(Ops):
         return pages.keys.ctypes.data + start, pages.values.ctypes.data + start
 
     def attention(
-        self, q: Buffer, cache: KVCache, layer: int, step: Step, scale: float, window: int, softcap: float
+        self, q: Buffer | Rotated, cache: KVCache, layer: int, step: Step, scale: float, window: int, softcap: float
     ) -> Buffer:
         pages: _Pages = cache.pages
         shape = (pages.group, pages.head_dim)
-        padded = -(-pages.head_dim // 16) * 16
+        q, rotation = _unrotated(q)
         out = self._new(q.rows, q.width)
-        scratch = attention.scratch_bytes(pages.group, padded)
+        scratch = attention.scratch_bytes(*shape)
         source = (q.address, q.stride_bytes, *self._where(step, cache), *self._layer(pages, layer))
-        settings = (window, float(scale), float(softcap))
-        common = (
-            *source,
-            pages.page_bytes,
-            pages.kv_heads,
-            self._scratch_memory(scratch),
-            scratch,
-            *settings,
-        )
-        tiles = q.rows * pages.kv_heads
+        memory = (pages.page_bytes, pages.kv_heads, self._scratch_memory(scratch), scratch)
+        common = (*source, *memory, *rotation, window, float(scale), float(softcap))
         if q.rows > FEW_TOKENS:
-            kernel = attention.attention_tokens(*shape)
-            self._program.add(kernel, tiles, (out.address, out.stride_bytes, *common))
+            each = attention.tokens_each(pages.group, step.positions, step.slots)
+            tiles = -(-q.rows // each) * pages.kv_heads
+            place: tuple[Any, ...] = (out.address, out.stride_bytes, q.rows, each)
+            self._program.add(attention.attention_tokens(*shape), tiles, (*place, *common))
             return out
-        most = -(-cache.capacity // attention.CHUNK)
-        parts = Block(self._program.memory, tiles * most * pages.group * attention.result_bytes(padded))
-        kernel = attention.attention_chunks(*shape)
-        chunks = self._program.chunks
-        self._program.add(kernel, tiles, (parts.address, most, chunks, *common), by_chunks=True)
-        place = (out.address, out.stride_bytes, parts.address, most, step.positions, pages.kv_heads, window)
-        self._program.add(attention.attention_merge(*shape), tiles, place)
+        tiles, most = q.rows * pages.kv_heads, -(-cache.capacity // attention.CHUNK)
+        parts = Block(self._program.memory, tiles * most * attention.part_bytes(*shape))
+        counters = np.zeros(tiles * 8, np.int64)
+        place = (out.address, out.stride_bytes, parts.address, most, self._program.chunks, counters)
+        self._program.add(attention.attention_chunks(*shape), tiles, (*place, *common), by_chunks=True)
         return out
 
     def _scratch_memory(self, each: int) -> NDArray[np.uint8]:
