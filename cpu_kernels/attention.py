@@ -35,6 +35,15 @@ def part_bytes(group: int, head_dim: int) -> int:
     return group * result_bytes(padded_dim(head_dim))
 
 
+def tile_positions(longest: int) -> int:
+    """Positions for one tile of `attention_chunks`, given the most that a token sees.
+
+    One chunk where there are few, for many threads to share; longer runs at depth, since a tile starts with a wait for
+    its first keys.
+    """
+    return CHUNK * min(8, max(1, longest // (16 * CHUNK)))
+
+
 def tokens_each(group: int, positions: np.ndarray, slots: np.ndarray) -> int:
     """Tokens of one tile of `attention_tokens`: blocks where a step's tokens look like prompts, else one.
 
@@ -130,10 +139,10 @@ def attention_tokens(group: int, head_dim: int) -> Kernel:
 
 @functools.cache
 def attention_chunks(group: int, head_dim: int) -> Kernel:
-    """Kernel for few tokens, whose chunks are shared among threads: tile = (token * n_kv_heads + KV head) * chunks + chunk.
+    """Kernel for few tokens, whose chunks are shared among threads: tile = (token * n_kv_heads + KV head) * tiles + part.
 
-    Whoever is the last to finish a chunk of a token and head joins them all, in order. counters: a cache line for each
-    token and head, zeros before and after.
+    A token's chunks are dealt evenly to its `tiles` parts. Whoever is the last to finish one joins all chunks, in order.
+    counters: a cache line for each token and head, zeros before and after.
     """
     padded = padded_dim(head_dim)
     result, queries_bytes = result_bytes(padded), group * query_stride(head_dim)
@@ -141,15 +150,18 @@ def attention_chunks(group: int, head_dim: int) -> Kernel:
 
     @kernel(f"attention {group}x{head_dim}, few tokens")
     def attention(arguments, tile, thread):
-        (out, out_stride, parts, most_chunks, chunks_at, counters, q, q_stride, positions, slots, block_table, per_slot,
+        (out, out_stride, parts, most_chunks, tiles_at, counters, q, q_stride, positions, slots, block_table, per_slot,
          keys, values, page_bytes, heads, scratch, scratch_each, rotation, half, window, scale, softcap) = unpack(
             arguments, "iiiiiiiiiiiiiiiiiiiiiff")  # fmt: skip
-        chunks = i32_at(chunks_at)
-        which, index = tile // chunks, tile % chunks
+        tiles = i32_at(tiles_at)
+        which, index = tile // tiles, tile % tiles
         token, kv_head = which // heads, which % heads
         position = i32_at(positions + 4 * token)
         first, last = visible(position, window) // CHUNK, position // CHUNK
-        if index < first or index > last:
+        chunks = last + 1 - first
+        each = (chunks + tiles - 1) // tiles
+        start = first + index * each
+        if start > last:
             return
         queries = scratch + thread * scratch_each
         head = kv_head * group * head_dim * 4
@@ -157,10 +169,11 @@ def attention_chunks(group: int, head_dim: int) -> Kernel:
         pages = block_table + 4 * i32_at(slots + 4 * token) * per_slot
         base = parts + which * most_chunks * group * result
         k, v = keys + kv_head * page_bytes, values + kv_head * page_bytes
-        attend(base + index * group * result, queries, queries + queries_bytes, k, v, pages,
-               heads * page_bytes, position, index, window, F32(softcap))  # fmt: skip
-        if first < last:
-            if atomic_add(counters + 64 * which, 1) < last - first:
+        for i in range(start, min(start + each, last + 1)):
+            attend(base + i * group * result, queries, queries + queries_bytes, k, v, pages, heads * page_bytes, position,
+                   i, window, F32(softcap))  # fmt: skip
+        if each < chunks:
+            if atomic_add(counters + 64 * which, 1) < (chunks + each - 1) // each - 1:
                 return
             atomic_store(counters + 64 * which, 0)
         for h in range(group):

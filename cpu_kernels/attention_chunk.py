@@ -19,7 +19,7 @@ from cpu_kernels.rope import rotate
 from cpu_kernels.softmax import LOG2_E, result_bytes, weigh
 
 F32 = np.float32
-CHUNK = 256
+CHUNK = 128
 """Positions with one softmax maximum; a multiple of the page."""
 PAGE = 64
 BLOCK_ROWS = 24

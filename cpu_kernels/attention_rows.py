@@ -22,7 +22,7 @@ def registers() -> int:
     if "avx512f" in simd.features():
         return 32
     # 16 registers of 256 bits; 32 (Arm) or 16 of 128 bits.
-    return 8 if {"avx2", "neon"} & simd.features() else 4
+    return 8 if "fma" in simd.features() else 4
 
 
 def _fits(rows: int, vectors: int) -> bool:
@@ -31,8 +31,16 @@ def _fits(rows: int, vectors: int) -> bool:
 
 
 def side_by_side(rows: int, available: int) -> int:
-    """How many vectors share a loop of so many rows: at most 4, a divisor of those available; 1 if none fit."""
-    return max(v for v in range(1, 5) if available % v == 0 and (v == 1 or _fits(rows, v)))
+    """How many vectors share a loop of so many rows: at most 5, a divisor of those available.
+
+    Each product costs a part of a factor's load and a part of a vector's load and conversion.
+    """
+
+    def cost(vectors: int) -> float:
+        return 1 / vectors + 2 / max(n for _, n in _slices(rows, vectors))
+
+    fitting = [v for v in range(1, 6) if available % v == 0 and (v == 1 or _fits(1, v))]
+    return min(fitting, key=cost)
 
 
 def _slices(rows: int, vectors: int) -> list[tuple[int, int]]:
@@ -80,7 +88,7 @@ def scores(rows: int, blocks: int, head_dim: int, query_stride: int, score_strid
                     if not first:
                         soon = b.add(ahead, b.mul(loop.index, I64(32 * blocks)))
                         for line in range(0, 32 * blocks, 64):
-                            simd.prefetch.build(b, offset(b, soon, line))
+                            simd.prefetch_l2.build(b, offset(b, soon, line))
                     key = [simd.load_f16.build(b, offset(b, at, i * block_bytes)) for i in range(blocks)]
                     query = b.add(queries, b.mul(loop.index, I64(4)))
                     _accumulate(b, sums, [offset(b, query, (first + r) * query_stride) for r in range(n)], key)
@@ -120,7 +128,7 @@ def weighted_values(rows: int, padded: int, weight_stride: int, result_stride: i
                         row = b.mul(loop.index, I64(row_bytes))
                         if not first and not column:
                             for line in range(0, row_bytes, 64):
-                                simd.prefetch.build(b, offset(b, b.add(ahead, row), line))
+                                simd.prefetch_l2.build(b, offset(b, b.add(ahead, row), line))
                         at = offset(b, b.add(values, row), 32 * column)
                         value = [simd.load_f16.build(b, offset(b, at, 32 * i)) for i in range(vectors)]
                         weight = b.add(weights, b.mul(loop.index, I64(4)))

@@ -289,6 +289,13 @@ def prefetch(b, a):
     call(b, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(3), I32(1)])
 
 
+@op(VOID(A))
+def prefetch_l2(b, a):
+    """Fetches a cache line that will be read later to the second level, which waits for more lines at once."""
+    target = b.inttoptr(a, I8.as_pointer())
+    call(b, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(2), I32(1)])
+
+
 # Arithmetic
 
 

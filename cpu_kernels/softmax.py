@@ -98,7 +98,9 @@ def merge(result, part, padded):
     numbers, more = result + padded * 4, part + padded * 4
     old, new = f32_at(numbers), f32_at(more)
     peak = max(old, new)
-    keep, gain = exp2(splat_f32(old - peak)), exp2(splat_f32(new - peak))
+    # One of the two factors is 1.
+    less, one = exp2(splat_f32(min(old, new) - peak)), splat_f32(F32(1))
+    keep, gain = (one, less) if new < old else (less, one)
     for i in range(0, padded, 16):
         store_f32(result + 4 * i, add(mul(load_f32(result + 4 * i), keep), mul(load_f32(part + 4 * i), gain)))
     both = add(mul(keep, splat_f32(f32_at(numbers + 4))), mul(gain, splat_f32(f32_at(more + 4))))

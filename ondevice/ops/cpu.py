@@ -190,7 +190,7 @@ class CpuOps(Ops):
             programs[key] = program
             while len(programs) > KEPT_PROGRAMS:
                 del programs[next(iter(programs))]
-            program.load(step, attention.CHUNK)
+            program.load(step, attention.tile_positions(int(step.positions.max()) + 1))
             program.run(self.pool, at_once=len(step.tokens) <= FEW_TOKENS)
             return program.result.copy()
 
