@@ -226,6 +226,14 @@ def store_f16(b, a, v):
     b.store(_narrow(b, v), pointer(b, a, ir.VectorType(I16, LANES)), align=2)
 
 
+@op(VOID(A, F))
+def spread_f16(b, a, v):
+    """Stores 16 lanes as float16, 32 bytes apart."""
+    halves = _narrow(b, v)
+    for i in range(LANES):
+        b.store(b.extract_element(halves, I32(i)), pointer(b, offset(b, a, 32 * i), I16), align=2)
+
+
 @op(F(A))
 def load_bf16(b, a):
     raw = b.load(pointer(b, a, ir.VectorType(I16, LANES)), align=2)
@@ -291,8 +299,8 @@ def prefetch(b, a):
 
 
 @op(VOID(A))
-def prefetch_later(b, a):
-    """Fetches a cache line into the second-level cache."""
+def prefetch_l2(b, a):
+    """Fetches a cache line that will be read later to the second level, which waits for more lines at once."""
     target = b.inttoptr(a, I8.as_pointer())
     call(b, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(2), I32(1)])
 

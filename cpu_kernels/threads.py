@@ -38,7 +38,7 @@ from cpu_kernels.simd import (
     op,
     pause,
     plain_store,
-    prefetch_later,
+    prefetch_l2,
     set_i64,
 )
 
@@ -148,7 +148,7 @@ def _wait(record, counter, goal, thread, threads, fetched):
             return fetched
         if fetched < limit:
             for line in range(0, 512, 64):
-                prefetch_later(address + start + fetched + line)
+                prefetch_l2(address + start + fetched + line)
             fetched += 512
             continue
         spins += 1
