@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 
 from cpu_kernels import simd
 from cpu_kernels.compile import Kernel, kernel, unpack
+from cpu_kernels.integer_dots import integer_dots
 from cpu_kernels.simd import I64, F, add, load_f32, offset, store_f32
 
 PREFETCH = 1024
@@ -79,13 +80,9 @@ def _moved(b, v, position, mask):
     return b.and_(v, ir.Constant(simd.B.llvm, [mask] * 64))
 
 
-def _integer_dot(b, codes, q, start):
-    """Two chains, so that one dot product need not wait for the other."""
-    chains = [start, simd.ints(0)]
-    for j, code in enumerate(codes):
-        quad = simd.splat_quad.build(b, offset(b, q, 4 * j))
-        chains[j % 2] = simd.dot_u8_s8.build(b, chains[j % 2], code, quad)
-    return b.add(*chains)
+def _integer_dot(b, codes, q, start, bits):
+    quads = [simd.splat_quad.build(b, offset(b, q, 4 * j)) for j in range(len(codes))]
+    return integer_dots(b, start, codes, quads, bits)
 
 
 def _group_dots(b, codes, q, low, meta, bits, planes, symmetric, parts):
@@ -105,10 +102,10 @@ def _group_dots(b, codes, q, low, meta, bits, planes, symmetric, parts):
         some = codes[part * len(codes) // parts : (part + 1) * len(codes) // parts]
         at = 32 // parts * part
         if planes == 1:
-            dot = _integer_dot(b, some, offset(b, q, at), start)
+            dot = _integer_dot(b, some, offset(b, q, at), start, bits)
         else:
-            high = b.shl(_integer_dot(b, some, offset(b, q, at), zero), simd.ints(8))
-            dot = b.add(high, _integer_dot(b, some, offset(b, low, at), start))
+            high = b.shl(_integer_dot(b, some, offset(b, q, at), zero, bits), simd.ints(8))
+            dot = b.add(high, _integer_dot(b, some, offset(b, low, at), start, bits))
         dots.append(b.fmul(simd.to_float.build(b, dot), scale))
     return dots
 
