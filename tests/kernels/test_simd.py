@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -91,11 +92,14 @@ def over_lanes(item: Kernel, x: np.ndarray, dtype: type) -> np.ndarray:
 
 def test_every_float16_widens_exactly() -> None:
     half = np.arange(65536, dtype=np.uint16).view(np.float16)
-    assert np.array_equal(over_lanes(from_f16, half, np.float32), half.astype(np.float32), equal_nan=True)
+    with np.errstate(invalid="ignore"):
+        expected = half.astype(np.float32)
+    assert np.array_equal(over_lanes(from_f16, half, np.float32), expected, equal_nan=True)
 
 
 def test_narrowing_rounds_to_even() -> None:
-    half = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        half = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
     between = (half[:31744] + half[1:31745]) / 2
     bits = np.random.RandomState(0).randint(0, 2**32, 160_000, dtype=np.uint64).astype(np.uint32)
     x = np.concatenate([half, between, np.nextafter(between, np.float32(0)), bits.view(np.float32)])
@@ -140,5 +144,7 @@ def test_dot_products_never_saturate(bits: int, values: str) -> None:
         assert out.tolist() == (7 + (u * s).reshape(DOTS, 16, 4).sum(axis=(0, 2))).tolist()
 
 
-def test_instruction_set_is_a_known_one() -> None:
-    assert instruction_set() in ("vnni512", "vnni256", "avx2", "neon_i8mm", "neon_dot", "generic")
+def test_instruction_set_is_the_expected_one() -> None:
+    """Those who compile for another CPU say in the environment what they expect."""
+    known = ("vnni512", "vnni256", "avx2", "neon_i8mm", "neon_dot", "generic")
+    assert instruction_set() in os.environ.get("ONDEVICE_TEST_INSTRUCTION_SET", " ".join(known)).split()
