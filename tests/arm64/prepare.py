@@ -27,7 +27,7 @@ PYTHONS = dict.fromkeys([f"{sys.version_info.major}.{sys.version_info.minor}", "
 """Versions to look for, the running one first: a release of Debian has one of them."""
 SOURCES = {
     "debian": ("http://deb.debian.org/debian {} main", "http://deb.debian.org/debian-security {}-security main"),
-    "ubuntu": ("http://ports.ubuntu.com {} main universe", "http://ports.ubuntu.com {}-security main universe"),
+    "ubuntu": ("http://ports.ubuntu.com/ubuntu-ports {} main universe", "http://ports.ubuntu.com/ubuntu-ports {}-security main universe"),
 }
 """Where a distribution keeps packages for arm64; the machine's own mirror may have none."""
 LAUNCHER = """#!/bin/sh
@@ -45,13 +45,14 @@ def interpreter() -> Path:
     """A command that runs aarch64 Python, set up now if need be.
 
     Raises:
+        FileNotFoundError: ONDEVICE_ARM64_PYTHON names no program.
         UnavailableError: this machine cannot have it.
         subprocess.CalledProcessError: a download or an installation failed.
     """
     given = os.environ.get(VARIABLE)
     if given:
         if not os.access(given, os.X_OK) or Path(given).is_dir():
-            raise UnavailableError(f"{VARIABLE}={given}: not a program; name what {__file__} made")
+            raise FileNotFoundError(f"{VARIABLE}={given}: not a program; name what {__file__} printed")
         return Path(given)
     distribution, codename = _release()
     if distribution not in SOURCES or not all(map(shutil.which, ("apt-get", "dpkg-deb"))):
