@@ -27,7 +27,10 @@ PYTHONS = dict.fromkeys([f"{sys.version_info.major}.{sys.version_info.minor}", "
 """Versions to look for, the running one first: a release of Debian has one of them."""
 SOURCES = {
     "debian": ("http://deb.debian.org/debian {} main", "http://deb.debian.org/debian-security {}-security main"),
-    "ubuntu": ("http://ports.ubuntu.com/ubuntu-ports {} main universe", "http://ports.ubuntu.com/ubuntu-ports {}-security main universe"),
+    "ubuntu": (
+        "http://ports.ubuntu.com/ubuntu-ports {} main universe",
+        "http://ports.ubuntu.com/ubuntu-ports {}-security main universe",
+    ),
 }
 """Where a distribution keeps packages for arm64; the machine's own mirror may have none."""
 LAUNCHER = """#!/bin/sh
