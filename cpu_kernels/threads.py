@@ -60,6 +60,8 @@ NAP = 50_000
 """Nanoseconds of one sleep while an operation of a running program is waited for."""
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine) if sys.platform == "linux" else None
 MONOTONIC = 6 if sys.platform == "darwin" else 1
+ULOCK = sys.platform == "darwin"
+"""macOS has the futex's twin, which its C++ library waits with: `__ulock_wait`, in microseconds, and `__ulock_wake`."""
 
 
 def _syscall(b, number, *values):
@@ -69,22 +71,29 @@ def _syscall(b, number, *values):
 @op(VOID(A, A, A))
 def sleep_while(b, address, value, nanoseconds):
     """Sleeps while the low 32 bits at an address equal `value`, at most some nanoseconds (0: without limit)."""
+    value = b.and_(value, I64(0xFFFFFFFF))
+    if ULOCK:
+        microseconds = b.trunc(b.udiv(b.add(nanoseconds, I64(999)), I64(1000)), I32)
+        call(b, "__ulock_wait", I32, [I32(1), address, value, microseconds])
+        return
     if FUTEX is None:
-        # No futex: a short nap; the caller looks again.
-        call(b, "usleep", I32, [I32(50)])
+        # Nobody can wake us: a short nap, and a longer one where the wait has no limit; the caller looks again.
+        call(b, "usleep", I32, [b.select(b.icmp_signed("==", nanoseconds, I64(0)), I32(1000), I32(50))])
         return
     spec = b.alloca(ir.ArrayType(I64, 2))
     first = b.bitcast(spec, I64.as_pointer())
     b.store(I64(0), first)
     b.store(nanoseconds, b.gep(first, [I32(1)]))
     limit = b.select(b.icmp_signed("==", nanoseconds, I64(0)), I64(0), b.ptrtoint(first, I64))
-    _syscall(b, FUTEX, address, I64(128), b.and_(value, I64(0xFFFFFFFF)), limit, I64(0), I64(0))
+    _syscall(b, FUTEX, address, I64(128), value, limit, I64(0), I64(0))
 
 
 @op(VOID(A))
 def wake(b, address):
     """Wakes every thread that sleeps on an address."""
-    if FUTEX is not None:
+    if ULOCK:
+        call(b, "__ulock_wake", I32, [I32(0x101), address, I64(0)])
+    elif FUTEX is not None:
         _syscall(b, FUTEX, address, I64(129), I64(2**31 - 1), I64(0), I64(0), I64(0))
 
 

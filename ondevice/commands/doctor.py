@@ -81,7 +81,7 @@ def _machine() -> dict[str, Any]:
 
 def _kernels() -> dict[str, Any]:
     from cpu_kernels.compile import cache_folder
-    from cpu_kernels.simd import instruction_set
+    from cpu_kernels.integer_dots import instruction_set
 
     folder = cache_folder()
     return {
