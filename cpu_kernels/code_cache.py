@@ -83,7 +83,7 @@ def read(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        _warn_once(str(path.parent), f"cannot be read: {error.strerror}")
+        _warn_once(path.parent, f"cannot be read: {error.strerror}")
         return None
     code = data[_DIGEST_BYTES:]
     if hashlib.sha256(code).digest() == data[:_DIGEST_BYTES]:
@@ -110,13 +110,15 @@ def write(path: Path, code: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        _warn_once(str(path.parent), f"cannot be written: {error.strerror}")
+        _warn_once(path.parent, f"cannot be written: {error.strerror}")
 
 
-@functools.cache
-def _warn_once(folder: str, problem: str) -> None:
-    _LOG.warning(
-        "%s: %s; kernels are compiled anew at every start: make it writable, free space, or set XDG_CACHE_HOME",
-        folder,
-        problem,
-    )
+_warned: set[Path] = set()
+
+
+def _warn_once(folder: Path, problem: str) -> None:
+    if folder in _warned:
+        return
+    _warned.add(folder)
+    way_out = "kernels are compiled anew at every start: make it writable, free space, or set XDG_CACHE_HOME"
+    _LOG.warning("%s: %s; %s", folder, problem, way_out)
