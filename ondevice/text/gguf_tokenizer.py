@@ -142,7 +142,7 @@ def _add_tokens(
     special = {
         text: index
         for index, (text, kind) in enumerate(zip(tokens, types))
-        if (kind == control or kind == unknown or index in named) and text
+        if (kind in (control, unknown) or index in named) and text
     }
     keep_right = {"<unk>", "<s>", "<|endoftext|>"}
     backend.add_special_tokens(

@@ -27,8 +27,6 @@ def store_mxcsr(b, address):
     b.call(function, [b.inttoptr(address, I8P)])
 
 
-
-
 @kernel("float state")
 def state(arguments, tile, thread):
     """Each thread writes its MXCSR, and waits for nobody."""
