@@ -38,6 +38,7 @@ _SOURCES = _digest_of_sources()
 """Taken at import: a process that outlives an upgrade must not file its old code under the new one's name."""
 
 
+@functools.cache
 def target() -> tuple[str, str, str]:
     """What Numba compiles for: triple, processor and features, as its settings or this machine say."""
     features = config.CPU_FEATURES
