@@ -1,4 +1,4 @@
-"""Operations on rows of activations: norms, activation functions, sums, and the rounding to int8."""
+"""Operations on rows of activations: norms, activation functions and sums."""
 
 from __future__ import annotations
 
@@ -7,95 +7,62 @@ import math
 import numba
 import numpy as np
 
+from cpu_kernels.codes import panel_bytes, quantize_rows
 from cpu_kernels.compile import kernel, unpack
 from cpu_kernels.simd import (
     absolute,
     add,
-    add_i32,
     div,
     exp,
     f32_at,
     fma,
     i32_at,
-    largest,
     load_f32,
     maximum,
     mul,
-    round_to_i32,
     set_f32,
-    set_i32,
     splat_f32,
     store_f32,
-    store_i8,
     sub,
-    to_float,
     total,
-    total_i32,
     zeros,
 )
 
 F32 = np.float32
 
 
-@numba.njit(error_model="numpy")
-def quantize_row(x, q, meta, n):
-    """int8 planes of n floats (n a multiple of 32), one scale per 32.
-
-    q holds n bytes of the first plane, then n of the second. Per group, 8 words of meta: scale d, d * sum, sum (int32)
-    of the first plane; the same of both planes together, in steps of d / 256; then the two integer sums over the first
-    16 values alone. A group of zeros gives
-    zeros; NaN or infinity anywhere makes the scale NaN, so that it is not lost.
-    """
-    for group in range(n // 32):
-        at = x + group * 128
-        v0, v1 = load_f32(at), load_f32(at + 64)
-        peak = largest(maximum(absolute(v0), absolute(v1)))
-        poison = total(mul(add(v0, v1), zeros()))
-        d = peak / F32(127) + poison
-        inverse = F32(127) / peak if peak > F32(1e-30) else F32(0)
-        step = splat_f32(inverse)
-        fine = splat_f32(inverse * F32(256))
-        back = splat_f32(-d)
-        h0, h1 = round_to_i32(mul(v0, step)), round_to_i32(mul(v1, step))
-        l0 = round_to_i32(_low(mul(fma(to_float(h0), back, v0), fine)))
-        l1 = round_to_i32(_low(mul(fma(to_float(h1), back, v1), fine)))
-        here = q + group * 32
-        store_i8(here, h0)
-        store_i8(here + 16, h1)
-        store_i8(here + n, l0)
-        store_i8(here + n + 16, l1)
-        half = total_i32(h0)
-        high = half + total_i32(h1)
-        half_both = half * 256 + total_i32(l0)
-        both = high * 256 + total_i32(add_i32(l0, l1))
-        m = meta + group * 32
-        set_f32(m, d)
-        set_f32(m + 4, d * F32(high))
-        set_i32(m + 8, high)
-        set_f32(m + 12, d / F32(256))
-        set_f32(m + 16, d / F32(256) * F32(both))
-        set_i32(m + 20, both)
-        set_i32(m + 24, half)
-        set_i32(m + 28, half_both)
+# Kernels whose results are inputs of linears make either floats (`panels` is 0; tile `tile` is a row, `out` all rows),
+# or int8 codes by way of floats (the tile is a panel of `width` rows, see `codes`; `out` is memory for one). Bytes
+# between the copies of threads belong to both.
 
 
 @numba.njit(error_model="numpy")
-def _low(v):
-    """At most 127: a remainder of exactly half a step would round to 128."""
-    limit = splat_f32(F32(127))
-    return sub(zeros(), maximum(sub(zeros(), v), sub(zeros(), limit)))
+def _rows_of(tile, width, n_rows):
+    """First row of a tile, and the row after its last."""
+    return tile * width, min(tile * width + width, n_rows)
 
 
 @numba.njit(error_model="numpy")
-def _maybe_quantize(out, stride, q, meta, row, n):
-    if q != 0:
-        quantize_row(out + row * stride, q + row * 2 * n, meta + row * n, n)
+def _place(out, stride, each, thread, row, first, panels):
+    return out + thread * each + (row if panels == 0 else row - first) * stride
+
+
+@numba.njit(error_model="numpy")
+def _encode(x, stride, first, last, panels, each, thread, tile, width, last_width, n_rows, n):
+    """Rows first..last-1, the first of them at x, into their panel."""
+    if panels != 0:
+        panel = panels + thread * each + tile * panel_bytes(n, width)
+        quantize_rows(x, stride, last - first, panel, n, last_width if last == n_rows else width)
 
 
 @kernel("quantize")
 def quantize(arguments, tile, thread):
-    x, stride, q, meta, n = unpack(arguments, "iiiii")
-    _maybe_quantize(x, stride, q, meta, tile, n)
+    """Rows as they are, to codes."""
+    _out, _out_stride, _out_each, x, stride, n, panels, each, width, last_width, n_rows = unpack(
+        arguments, "iiiiiiiiiii"
+    )
+    first, last = _rows_of(tile, width, n_rows)
+    _encode(x + first * stride, stride, first, last, panels, each, thread, tile, width, last_width, n_rows, n)
 
 
 @numba.njit(error_model="numpy")
@@ -125,27 +92,37 @@ def _mean(x, n):
     return result / F32(n)
 
 
+@numba.njit(error_model="numpy")
+def _norm_row(target, source, weight, bias, n, centred, eps):
+    whole = n // 16 * 16
+    mean = _mean(source, n) if centred else F32(0)
+    factor = F32(1) / F32(math.sqrt(_sum_of_squares(source, mean, n) / F32(n) + F32(eps)))
+    scale, shift = splat_f32(factor), splat_f32(-mean)
+    for i in range(0, whole, 16):
+        y = mul(mul(add(load_f32(source + 4 * i), shift), scale), load_f32(weight + 4 * i))
+        if bias != 0:
+            y = add(y, load_f32(bias + 4 * i))
+        store_f32(target + 4 * i, y)
+    for i in range(whole, n):
+        y1 = (f32_at(source + 4 * i) - mean) * factor * f32_at(weight + 4 * i)
+        if bias != 0:
+            y1 += f32_at(bias + 4 * i)
+        set_f32(target + 4 * i, y1)
+
+
 @kernel("norm")
 def norm(arguments, tile, thread):
-    """Norm over each of `heads` parts of row `tile`."""
-    out, out_stride, x, stride, weight, bias, n, heads, centred, eps, q, meta = unpack(arguments, "iiiiiiiiifii")
-    whole = n // 16 * 16
-    for head in range(heads):
-        source, target = x + tile * stride + head * n * 4, out + tile * out_stride + head * n * 4
-        mean = _mean(source, n) if centred else F32(0)
-        factor = F32(1) / F32(math.sqrt(_sum_of_squares(source, mean, n) / F32(n) + F32(eps)))
-        scale, shift = splat_f32(factor), splat_f32(-mean)
-        for i in range(0, whole, 16):
-            y = mul(mul(add(load_f32(source + 4 * i), shift), scale), load_f32(weight + 4 * i))
-            if bias != 0:
-                y = add(y, load_f32(bias + 4 * i))
-            store_f32(target + 4 * i, y)
-        for i in range(whole, n):
-            y1 = (f32_at(source + 4 * i) - mean) * factor * f32_at(weight + 4 * i)
-            if bias != 0:
-                y1 += f32_at(bias + 4 * i)
-            set_f32(target + 4 * i, y1)
-    _maybe_quantize(out, out_stride, q, meta, tile, n * heads)
+    """Norm over each of `heads` parts of a row."""
+    (out, out_stride, out_each, x, stride, weight, bias, n, heads, centred, eps, panels, each, width, last_width,
+     n_rows) = unpack(arguments, "iiiiiiiiiifiiiii")  # fmt: skip
+    first, last = _rows_of(tile, width, n_rows)
+    for row in range(first, last):
+        target = _place(out, out_stride, out_each, thread, row, first, panels)
+        for head in range(heads):
+            part = head * n * 4
+            _norm_row(target + part, x + row * stride + part, weight, bias, n, centred, eps)
+    own, n = out + thread * out_each, n * heads
+    _encode(own, out_stride, first, last, panels, each, thread, tile, width, last_width, n_rows, n)
 
 
 @numba.njit(error_model="numpy")
@@ -190,15 +167,20 @@ def activate(v, kind):
 
 @kernel("activation")
 def activation(arguments, tile, thread):
-    """Row `tile`: act(x), or act(first half) * second half. Buffers are padded to whole vectors."""
-    out, out_stride, x, stride, n, kind, gated, q, meta = unpack(arguments, "iiiiiiiii")
-    source, target = x + tile * stride, out + tile * out_stride
-    for i in range(0, n, 16):
-        y = activate(load_f32(source + 4 * i), kind)
-        if gated:
-            y = mul(y, load_f32(source + 4 * (n + i)))
-        store_f32(target + 4 * i, y)
-    _maybe_quantize(out, out_stride, q, meta, tile, n)
+    """act(x), or act(first half) * second half. Buffers are padded to whole vectors."""
+    out, out_stride, out_each, x, stride, n, kind, gated, panels, each, width, last_width, n_rows = unpack(
+        arguments, "iiiiiiiiiiiii"
+    )
+    first, last = _rows_of(tile, width, n_rows)
+    for row in range(first, last):
+        source, target = x + row * stride, _place(out, out_stride, out_each, thread, row, first, panels)
+        for i in range(0, n, 16):
+            y = activate(load_f32(source + 4 * i), kind)
+            if gated:
+                y = mul(y, load_f32(source + 4 * (n + i)))
+            store_f32(target + 4 * i, y)
+    own = out + thread * out_each
+    _encode(own, out_stride, first, last, panels, each, thread, tile, width, last_width, n_rows, n)
 
 
 @kernel("add")

@@ -258,6 +258,15 @@ def store_i8(b, a, v):
     b.store(b.trunc(v, small), pointer(b, a, small), align=1)
 
 
+@op(VOID(A, A, I))
+def store_quads(b, a, stride, v):
+    """Stores 16 lanes as bytes, four to a quad, quads `stride` bytes apart; each must lie in -128..127."""
+    quads = b.bitcast(b.trunc(v, ir.VectorType(I8, LANES)), ir.VectorType(I32, 4))
+    for i in range(4):
+        at = b.add(a, b.mul(stride, I64(i)))
+        b.store(b.extract_element(quads, I32(i)), pointer(b, at, I32), align=1)
+
+
 @op(F(A))
 def splat_f32_at(b, a):
     return splat(b, b.load(pointer(b, a, SINGLE), align=4))
@@ -279,6 +288,13 @@ def prefetch(b, a):
     """Fetches a cache line that will be read soon."""
     target = b.inttoptr(a, I8.as_pointer())
     call(b, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(3), I32(1)])
+
+
+@op(VOID(A))
+def prefetch_later(b, a):
+    """Fetches a cache line into the second-level cache."""
+    target = b.inttoptr(a, I8.as_pointer())
+    call(b, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(2), I32(1)])
 
 
 # Arithmetic
@@ -354,14 +370,17 @@ def largest(b, v):
     return _halves(b, v, lambda x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
 
 
-@op(A(I))
-def total_i32(b, v):
-    return b.sext(_halves(b, v, b.add), I64)
-
-
-@op(I(I, I))
-def add_i32(b, x, y):
-    return b.add(x, y)
+@op(A(I, I))
+def total_of_each(b, x, y):
+    """The sum of x in the low 32 bits, that of y in the high ones."""
+    halves = [list(range(8)) + list(range(16, 24)), list(range(8, 16)) + list(range(24, 32))]
+    v = b.add(*(b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, 16), half)) for half in halves))
+    for n in (4, 2, 1):
+        # Lanes of a half are added to those n further on; what wraps around is added twice in lanes that nobody reads.
+        moved = ir.Constant(ir.VectorType(I32, 16), [8 * (i // 8) + (i + n) % 8 for i in range(16)])
+        v = b.add(v, b.shuffle_vector(v, v, moved))
+    low, high = (b.extract_element(v, I32(lane)) for lane in (0, 8))
+    return b.or_(b.zext(low, I64), b.shl(b.zext(high, I64), I64(32)))
 
 
 @op(I(F))
@@ -470,6 +489,24 @@ def atomic_load(b, a):
 @op(VOID(A, A))
 def atomic_store(b, a, x):
     b.store_atomic(x, pointer(b, a, I64), "seq_cst", 8)
+
+
+@op(A(A, A, A))
+def compare_and_swap(b, a, expected, x):
+    """Stores x if the value is as expected. Returns the value before."""
+    return b.extract_value(b.cmpxchg(pointer(b, a, I64), expected, x, "seq_cst", "seq_cst"), 0)
+
+
+@op(VOID(A, A))
+def plain_store(b, a, x):
+    """A store that other threads see whole, in no particular order."""
+    b.store_atomic(x, pointer(b, a, I64), "monotonic", 8)
+
+
+@op(VOID())
+def fence(b):
+    """What was written before is seen before what is written after."""
+    b.fence("seq_cst")
 
 
 @op(VOID())

@@ -1,8 +1,11 @@
 """Threads that live as long as the process and run programs: lists of kernels, each cut into tiles.
 
-The calling thread works too, and could finish any program alone: a tile is taken from a counter by whoever comes first,
-and an operation is over when all its tiles are done, not when all threads have arrived. So a thread that the system has
-put aside delays others only by the one tile that it holds. Threads that wait spin briefly, then sleep.
+Each thread has a range of an operation's tiles, so that it walks through memory in order, and helps the others when its
+own are taken. An operation is over when all its tiles are done, not when all threads have arrived: the calling thread
+could finish any program alone, and a thread that the system has put aside delays others only by the one tile that it
+holds. Counters carry the number of the run: a thread that comes late finds nothing to take and goes back to sleep.
+
+Threads that wait fetch the weights of operations to come into their caches, then spin briefly, then sleep.
 """
 
 from __future__ import annotations
@@ -29,23 +32,34 @@ from cpu_kernels.simd import (
     atomic_load,
     atomic_store,
     call,
+    compare_and_swap,
+    fence,
     i64_at,
     op,
     pause,
+    plain_store,
+    prefetch_later,
+    set_i64,
 )
 
 # The pool's shared words, each on a cache line of its own (64 bytes).
-RUN, PROGRAM, N_OPS, OPEN, INSIDE, SLEEPERS, QUIT, COUNTERS = (64 * i for i in range(8))
+RUN, N_OPS, SLEEPERS, QUIT, COUNTERS, RECORDS, THREADS, TIMES = (64 * i for i in range(8))
 WORDS = 8 * 8
-RECORD = 24
-"""Bytes of one operation of a program: kernel, arguments, tiles."""
-LINE = 128
-"""Bytes between counters of neighbouring operations: the next tile at 0, the tiles done at 64."""
+FIELDS = 8
+"""Words of an operation: kernel, arguments, tiles; what each thread does before its first tile (kernel, arguments); and
+weights that a later operation reads (address, bytes of a tile, tiles)."""
+LINE = 64
+"""Bytes between counters: of each operation the tiles done, then the next tile of each thread's range."""
+RUN_BIT = 28
+"""Counters hold the number of the run from this bit on."""
+AHEAD = 256 << 10
+"""Bytes of later weights that a waiting thread fetches: a part of its second-level cache."""
 SPINS = 1000
 """Turns of a spin loop before sleeping: some 20 microseconds."""
 NAP = 50_000
 """Nanoseconds of one sleep while an operation of a running program is waited for."""
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine) if sys.platform == "linux" else None
+MONOTONIC = 6 if sys.platform == "darwin" else 1
 
 
 def _syscall(b, number, *values):
@@ -74,27 +88,98 @@ def wake(b, address):
         _syscall(b, FUTEX, address, I64(129), I64(2**31 - 1), I64(0), I64(0), I64(0))
 
 
+@op(A())
+def nanoseconds(b):
+    """The monotonic clock."""
+    spec = b.alloca(ir.ArrayType(I64, 2))
+    first = b.bitcast(spec, I64.as_pointer())
+    call(b, "clock_gettime", I32, [I32(MONOTONIC), b.ptrtoint(first, I64)])
+    whole = b.mul(b.load(first), I64(1_000_000_000))
+    return b.add(whole, b.load(b.gep(first, [I32(1)])))
+
+
 @numba.njit(nogil=True, error_model="numpy")
-def _work(pool, thread):
-    """Takes tiles of the open program until it is done."""
-    program, n_ops, counters = i64_at(pool + PROGRAM), i64_at(pool + N_OPS), i64_at(pool + COUNTERS)
-    for i in range(n_ops):
-        record, counter = program + i * RECORD, counters + i * LINE
-        function, arguments, tiles = i64_at(record), i64_at(record + 8), i64_at(record + 16)
-        while True:
-            tile = atomic_add(counter, 1)
-            if tile >= tiles:
+def _claim(counter, run, n):
+    """The next of n tiles that a counter gives out; -1 if there is none, or the run is over."""
+    seen = atomic_load(counter)
+    while seen >> RUN_BIT == run and seen & ((1 << RUN_BIT) - 1) < n:
+        before = compare_and_swap(counter, seen, seen + 1)
+        if before == seen:
+            return seen & ((1 << RUN_BIT) - 1)
+        seen = before
+    return -1
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _do_tiles(record, counter, run, thread, threads, prepared):
+    """Takes tiles of one operation, first of the own range.
+
+    prepared: the arguments of what this thread did last before a first tile. Returns how many tiles, and that again.
+    """
+    function, arguments, tiles = i64_at(record), i64_at(record + 8), i64_at(record + 16)
+    first, its_arguments = i64_at(record + 24), i64_at(record + 32)
+    done = 0
+    for i in range(threads):
+        owner = (thread + i) % threads
+        start = (tiles * owner + threads - 1) // threads
+        n = (tiles * (owner + 1) + threads - 1) // threads - start
+        while n > 0:
+            tile = _claim(counter + LINE * (owner + 1), run, n)
+            if tile < 0:
                 break
-            call_kernel(function, arguments, tile, thread)
-            atomic_add(counter + 64, 1)
-        spins = 0
-        while atomic_load(counter + 64) < tiles:
-            spins += 1
-            if spins < SPINS:
-                pause()
-            else:
-                # Nobody wakes us: the low word only changes by tiles being done, so a nap is all we need.
-                sleep_while(counter + 64, atomic_load(counter + 64), NAP)
+            if first != 0 and its_arguments != prepared:
+                call_kernel(first, its_arguments, 0, thread)
+                prepared = its_arguments
+            call_kernel(function, arguments, start + tile, thread)
+            done += 1
+    return done, prepared
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _wait(record, counter, goal, thread, threads, fetched):
+    """Until an operation's tiles are done. Returns how many bytes of the weights ahead have been fetched."""
+    address, each, tiles = i64_at(record + 40), i64_at(record + 48), i64_at(record + 56)
+    start = (tiles * thread + threads - 1) // threads * each
+    limit = min((tiles * (thread + 1) + threads - 1) // threads * each - start, AHEAD)
+    spins = 0
+    while True:
+        seen = atomic_load(counter)
+        if seen >= goal:
+            return fetched
+        if fetched < limit:
+            for line in range(0, 512, 64):
+                prefetch_later(address + start + fetched + line)
+            fetched += 512
+            continue
+        spins += 1
+        if spins < SPINS:
+            pause()
+        else:
+            # Nobody wakes us: the low word only changes by tiles being done, so a nap is all we need.
+            sleep_while(counter, seen, NAP)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _work(pool, thread, run):
+    """Takes part in a run until it is over."""
+    n_ops, counters, records = i64_at(pool + N_OPS), i64_at(pool + COUNTERS), i64_at(pool + RECORDS)
+    threads, times = i64_at(pool + THREADS), i64_at(pool + TIMES)
+    ahead = fetched = prepared = 0
+    for i in range(n_ops):
+        record, counter = records + i * FIELDS * 8, counters + i * (threads + 1) * LINE
+        goal = (run << RUN_BIT) + i64_at(record + 16)
+        start = nanoseconds() if times != 0 else 0
+        done, prepared = _do_tiles(record, counter, run, thread, threads, prepared)
+        if done > 0:
+            atomic_add(counter, done)
+        if i64_at(record + 40) != ahead:
+            ahead, fetched = i64_at(record + 40), 0
+        end = nanoseconds() if times != 0 else 0
+        fetched = _wait(record, counter, goal, thread, threads, fetched)
+        if times != 0:
+            here = times + (i * threads + thread) * 16
+            set_i64(here, end - start)
+            set_i64(here + 8, nanoseconds() - end)
 
 
 def _worker(pool, thread):
@@ -112,33 +197,24 @@ def _worker(pool, thread):
         seen = atomic_load(pool + RUN)
         if atomic_load(pool + QUIT):
             return
-        atomic_add(pool + INSIDE, 1)
-        if atomic_load(pool + OPEN):
-            _work(pool, thread)
-        atomic_add(pool + INSIDE, -1)
+        _work(pool, thread, seen)
 
 
-def _run(pool, program, first, n_ops):
-    counters = i64_at(pool + COUNTERS)
-    for i in range(n_ops):
-        atomic_store(counters + i * LINE, 0)
-        atomic_store(counters + i * LINE + 64, 0)
-    atomic_store(pool + PROGRAM, program + first * RECORD)
-    atomic_store(pool + N_OPS, n_ops)
-    atomic_store(pool + OPEN, 1)
-    atomic_add(pool + RUN, 1)
+def _run(pool, program, n_ops, times):
+    counters, records = i64_at(pool + COUNTERS), i64_at(pool + RECORDS)
+    run = atomic_load(pool + RUN) + 1
+    # First the counters, so that no thread of an earlier run can take a tile of what is written next.
+    for i in range(n_ops * (i64_at(pool + THREADS) + 1)):
+        plain_store(counters + i * LINE, run << RUN_BIT)
+    fence()
+    for i in range(n_ops * FIELDS):
+        set_i64(records + 8 * i, i64_at(program + 8 * i))
+    set_i64(pool + N_OPS, n_ops)
+    set_i64(pool + TIMES, times)
+    atomic_store(pool + RUN, run)
     if atomic_load(pool + SLEEPERS) > 0:
         wake(pool + RUN)
-    _work(pool, 0)
-    atomic_store(pool + OPEN, 0)
-    # The program's memory may be changed or freed once nobody can be inside.
-    spins = 0
-    while atomic_load(pool + INSIDE) > 0:
-        spins += 1
-        if spins < SPINS:
-            pause()
-        else:
-            sleep_while(pool + INSIDE, atomic_load(pool + INSIDE), NAP)
+    _work(pool, 0, run)
 
 
 def _stop(pool):
@@ -167,7 +243,7 @@ class ThreadPool:
         max_ops: operations that may run in one call.
     """
 
-    def __init__(self, threads: int, max_ops: int = 1 << 14) -> None:
+    def __init__(self, threads: int, max_ops: int = 1 << 12) -> None:
         self.threads = threads
         self.max_ops = max_ops
         self._start()
@@ -177,10 +253,14 @@ class ThreadPool:
     def _start(self) -> None:
         """Fresh shared words and workers: a forked child has none of its parent's threads."""
         self._lock = threading.Lock()
-        self._memory = np.zeros(WORDS + 8 + self.max_ops * LINE // 8, np.int64)
+        counters, records = self.max_ops * (self.threads + 1) * LINE // 8, self.max_ops * FIELDS
+        self._memory = np.zeros(8 + WORDS + counters + records, np.int64)
+        self._times = np.zeros(self.max_ops * self.threads * 2, np.int64)
         start = self._memory.ctypes.data
         self._pool = start + (-start) % 64
-        ctypes.c_int64.from_address(self._pool + COUNTERS).value = self._pool + WORDS * 8
+        first = self._pool + WORDS * 8
+        for word, value in ((COUNTERS, first), (RECORDS, first + counters * 8), (THREADS, self.threads)):
+            ctypes.c_int64.from_address(self._pool + word).value = value
         self._run, self._stop, worker = _callable(RUNNING), _callable(STOPPING), _callable(WORKING)
         self._workers = [
             threading.Thread(target=worker, args=(self._pool, i), name=f"ondevice-{i}", daemon=True)
@@ -196,19 +276,30 @@ class ThreadPool:
             for thread in self._workers:
                 thread.join()
 
-    def run(self, program: np.ndarray, first: int = 0, count: int | None = None) -> None:
+    def run(
+        self, program: np.ndarray, first: int = 0, count: int | None = None, times: np.ndarray | None = None
+    ) -> None:
         """Runs operations of a program, in order, all tiles of one before the next.
 
         Args:
-            program: int64 [ops, 3], C-contiguous: kernel address, address of its arguments, number of tiles.
+            program: int64 [ops, FIELDS], C-contiguous; see FIELDS.
             first, count: the part to run; all of it by default.
+            times: int64 [count, threads, 2], receives the nanoseconds that each thread worked and waited.
         """
         count = len(program) - first if count is None else count
         if count > self.max_ops:
             raise ValueError(f"a program of {count} operations exceeds the pool's {self.max_ops}")
         if count:
+            start = program.ctypes.data + first * FIELDS * 8
             with self._lock:
-                self._run(self._pool, program.ctypes.data, first, count)
+                if times is None:
+                    self._run(self._pool, start, count, 0)
+                else:
+                    # Memory of our own: a thread may still write to it when the run is over.
+                    own = self._times[: times.size]
+                    own[:] = 0
+                    self._run(self._pool, start, count, own.ctypes.data)
+                    times[:] = own.reshape(times.shape)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ COMMANDS = {
         "ondevice_eval.command:evaluate",
         "Measure perplexity, and KL against another model or backend.",
     ),
+    "bench": ("ondevice_bench.command:bench", "Measure tokens per second and bytes moved."),
     "doctor": ("ondevice.commands.doctor:doctor", "Say what this machine offers and what will be used."),
 }
 """Name -> where the command is, and its line of help, which must not cost an import."""

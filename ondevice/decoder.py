@@ -112,20 +112,24 @@ class Decoder:
         if not self.spec.vocab_size > int(step.tokens.max()) >= 0 <= int(step.tokens.min()):
             raise ValueError(f"token ids must lie in 0..{self.spec.vocab_size - 1}")
         logits = self.ops.run(step, cache, lambda s: self._forward(s, cache))
-        if not np.isfinite(logits).all():
+        # A sum is quicker than a look at each, and can overflow where all is well.
+        if not np.isfinite(logits.sum()) and not np.isfinite(logits).all():
             self._name_bad_layer(step, cache)
         np.maximum.at(cache.lengths, step.slots, step.positions + 1)
         return logits
 
     def _forward(self, step: Step, cache: KVCache) -> Array:
         ops, spec = self.ops, self.spec
-        x = ops.norm(ops.take(self._hidden(step, cache, spec.n_layers), step.outputs), self.final_norm)
+        hidden = self._hidden(step, cache, spec.n_layers)
+        ops.part("head")
+        x = ops.norm(ops.take(hidden, step.outputs), self.final_norm)
         logits = ops.linear(x, self.head)
         return ops.softcap(logits, spec.logit_softcap) if spec.logit_softcap else logits
 
     def _hidden(self, step: Step, cache: KVCache, n_layers: int) -> Array:
         """The residual stream [N, d] after the first `n_layers` layers."""
         ops, spec = self.ops, self.spec
+        ops.part("embed")
         x = ops.embed(self.embed, step.tokens, spec.embedding_scale)
         if self.position is not None:
             x = ops.add(x, ops.embed(self.position, step.positions, offset=spec.position_offset or 0))
@@ -138,7 +142,9 @@ class Decoder:
     def _attention(self, i: int, layer: _Layer, x: Array, step: Step, cache: KVCache, rope: Handle | None) -> Array:
         ops, spec = self.ops, self.spec
         q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        ops.part("qkv")
         qkv = ops.linear(ops.norm(x, layer.attn_norm), layer.qkv)
+        ops.part("attention")
         q, k, v = ops.split(qkv, (q_width, kv_width, kv_width))
         if layer.q_norm is not None:
             q = ops.norm(q, layer.q_norm, spec.n_heads)
@@ -149,10 +155,12 @@ class Decoder:
         ops.append(cache, i, k, v, step)
         window, softcap = spec.windows[i], spec.attention_softcap
         a = ops.attention(q, cache, i, step, spec.attention_scale, window, softcap)
+        ops.part("o")
         return self._residual(x, a, layer.o, layer.post_attn_norm)
 
     def _ffn(self, layer: _Layer, x: Array) -> Array:
         ops, spec = self.ops, self.spec
+        ops.part("ffn")
         h = ops.linear(ops.norm(x, layer.ffn_norm), layer.up)
         h = ops.activation(h, spec.activation, spec.gated)
         return self._residual(x, h, layer.down, layer.post_ffn_norm)

@@ -100,6 +100,9 @@ class Ops(ABC):
             float32 [rows, width] of the body's result, a copy that later steps leave alone.
         """
 
+    def part(self, name: str) -> None:  # noqa: B027 -- a table without profiles has nothing to do
+        """Names the part of the model that the following operations belong to, for tables that keep a profile."""
+
     @abstractmethod
     def embed(self, table: Handle, rows: Array, scale: float = 1.0, offset: int = 0) -> Array:
         """Rows `rows + offset` of a table, times scale: [N] -> [N, d]."""

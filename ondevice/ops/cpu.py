@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_kernels import attention, kv_pages, linear, pack, rope, rows
+from cpu_kernels import attention, codes, kv_pages, pack, rope, rows
 from cpu_kernels.compile import Kernel, compile_all
+from cpu_kernels.float_linear import float_linear
+from cpu_kernels.float_linear import scratch_bytes as float_scratch
+from cpu_kernels.gemm import gemm
+from cpu_kernels.gemm import scratch_bytes as gemm_scratch
+from cpu_kernels.gemv import gemv
 from cpu_kernels.threads import shared_pool
+from cpu_kernels.tiles import Layout
 from ondevice.checkpoint.quantization import Tensor, dequantize
 from ondevice.machine import default_threads
 from ondevice.ops.base import Body, Ops, Step
-from ondevice.ops.cpu_program import Block, Program
+from ondevice.ops.cpu_profile import PartTime, add_times
+from ondevice.ops.cpu_program import Block, Program, Weights, aligned
 from ondevice.ops.cpu_weights import FLOAT_CODES, Format, Tiles, pack_rows
 
 if TYPE_CHECKING:
@@ -29,11 +37,25 @@ FEW_TOKENS = 16
 """Up to here attention shares positions among threads, beyond it tokens."""
 KEPT_PROGRAMS = 4
 """Programs kept per cache: the decode step of the last batch sizes and the prompt chunks of the last lengths."""
-PLANES = 2
-"""Planes of int8 activations. One plane (as llama.cpp rounds) changes 3 % of SmolLM2's most likely tokens, two none to
-speak of; decoding waits for weights either way, and prompts take a fifth longer."""
-WORK_BYTES = 32768
+WORK_BYTES = 16384
 """Weights that one tile of work reads: enough to outweigh fetching it, few enough to share work evenly."""
+PIECES = 8
+"""Tiles of work that a thread should have of a large product."""
+
+
+@dataclass(frozen=True, slots=True)
+class Producer:
+    """How rows are made; put off until it is known whether floats or int8 codes of them are wanted.
+
+    Args:
+        kernel: of `cpu_kernels.rows`, whose arguments are where results go, these, and where codes go.
+        arguments: the ones in between.
+        source: what it reads, so that its memory is not given away before.
+    """
+
+    kernel: Kernel
+    arguments: tuple[Any, ...]
+    source: Buffer
 
 
 @dataclass(slots=True)
@@ -41,27 +63,52 @@ class Buffer:
     """Rows of float32 in a program's memory.
 
     Args:
-        block: the memory; several buffers may be parts of one.
-        address: of the first value.
-        width, stride: of a row, in values.
-        quantized: int8 planes and their numbers, where a producer made them.
+        rows, width: its shape.
+        stride: of a row, in values.
+        block, address: the memory, of which several buffers may be parts; None and 0 while nobody needed the floats.
+        producer: what makes them then.
+        panels: int8 codes, once made.
+        first: what each thread does to make its own single row of codes, once recorded.
     """
 
-    block: Block
-    address: int
     rows: int
     width: int
     stride: int
-    quantized: tuple[Block, Block] | None = None
+    block: Block | None = None
+    address: int = 0
+    producer: Producer | None = None
+    panels: Block | None = None
+    first: tuple[Kernel, int] | None = None
 
     @property
     def stride_bytes(self) -> int:
         """Bytes between rows."""
         return self.stride * 4
 
-    def codes(self) -> tuple[int, int]:
-        """Addresses of the int8 planes and of their numbers, 0 where there are none."""
-        return (self.quantized[0].address, self.quantized[1].address) if self.quantized else (0, 0)
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a product's results go, and its weights.
+
+    Args:
+        out, stride: address of the results, and bytes between their rows.
+        tiles: of weights.
+        each: tiles of one piece of work.
+        pieces: of work along the rows of weights.
+        weights: to be fetched ahead.
+    """
+
+    out: int
+    stride: int
+    tiles: Tiles
+    each: int
+    pieces: int
+    weights: Weights | None
+
+    @property
+    def tile(self) -> tuple[Any, ...]:
+        """What kernels are told of the weights."""
+        return self.tiles.data, self.tiles.format.tile_bytes, self.tiles.row_tiles, self.each
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +142,25 @@ class CpuOps(Ops):
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads or default_threads()
         self.pool = shared_pool(self.threads)
-        self._quantized = False
         self._kernels: dict[Kernel, None] = {}
         self._programs: weakref.WeakKeyDictionary[KVCache, dict[Any, Program]] = weakref.WeakKeyDictionary()
         self._recording: Program | None = None
         self._one_step = threading.Lock()
-        self._scratch: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._scratch: dict[str, NDArray[np.uint8]] = {}
+        self._profile: dict[str, PartTime] | None = None
 
     # Weights
 
     def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tiles]:
-        made = pack_rows(self.pool, weights, biases, PLANES)
-        self._quantized |= any(t.format.bits for t in made)
-        self._kernels.update(dict.fromkeys(self._linear_kernel(t) for t in made))
+        made = pack_rows(self.pool, weights, biases)
+        for tiles in made:
+            layout = tiles.format.layout
+            needed = (gemv(layout), gemm(layout)) if layout else (float_linear(tiles.format.kind),)
+            self._kernels.update(dict.fromkeys(needed))
         return made
 
     def pack_embedding(self, table: Tensor) -> Tiles:
-        tiles = pack_rows(self.pool, [table], [None], PLANES)[0]
+        tiles = pack_rows(self.pool, [table], [None])[0]
         self._kernels[_embed_kernel(tiles.format)] = None
         return tiles
 
@@ -127,13 +176,6 @@ class CpuOps(Ops):
     def pack_rope(self, inverse_frequencies: Any, attention_factor: float, context: int) -> Any:
         angle = np.arange(context)[:, None] * inverse_frequencies
         return np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32) * np.float32(attention_factor)
-
-    @staticmethod
-    def _linear_kernel(tiles: Tiles) -> Kernel:
-        form = tiles.format
-        if not form.bits:
-            return linear.float_linear(form.kind)
-        return linear.quantized_linear(form.bits, tiles.planes, form.kind, form.symmetric)
 
     def prepare(self, spec: ModelSpec, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Compiles every kernel that a model's steps can need, telling `progress` (done, of how many, what)."""
@@ -165,16 +207,33 @@ class CpuOps(Ops):
             while len(programs) > KEPT_PROGRAMS:
                 del programs[next(iter(programs))]
             program.load(step, attention.CHUNK)
-            program.run(self.pool, at_once=len(step.tokens) <= FEW_TOKENS)
+            if self._profile is None:
+                program.run(self.pool, at_once=len(step.tokens) <= FEW_TOKENS)
+            else:
+                add_times(self._profile, program, self.pool)
             return program.result.copy()
+
+    @contextlib.contextmanager
+    def profiled(self) -> Iterator[dict[str, PartTime]]:
+        """Measures the steps that run inside: what each part of the model takes, by the names that `part` gave."""
+        self._profile = {}
+        try:
+            yield self._profile
+        finally:
+            self._profile = None
+
+    def part(self, name: str) -> None:
+        self._program.part = name
 
     def _record(self, step: Step, body: Body) -> Program:
         program = self._recording = Program(step)
         try:
-            result: Buffer = body(program.step)
+            result: Buffer = self._floats(body(program.step))
         finally:
             self._recording = None
         program.seal()
+        if result.block is None:
+            raise RuntimeError("a step's result has no memory")
         start = result.address - result.block.address
         floats = result.block.array[start : start + result.rows * result.stride_bytes].view(np.float32)
         program.result = floats.reshape(result.rows, result.stride)[:, : result.width]
@@ -187,87 +246,153 @@ class CpuOps(Ops):
             raise RuntimeError("operations of the CPU table are recorded inside run() only")
         return self._recording
 
-    def _new(self, n: int, width: int, quantized: bool = False, span: int = 0) -> Buffer:
-        """A buffer of n rows.
-
-        Args:
-            quantized: asks for int8 planes too, if this model has a use for them.
-            span: values that may be written to a row, where padding reaches beyond `width`.
-        """
+    def _new(self, n: int, width: int, span: int = 0) -> Buffer:
+        """A buffer of n rows. span: values that may be written to a row, where padding reaches beyond `width`."""
         stride = -(-max(width, span) // 16) * 16
-        memory = self._program.memory
-        block = Block(memory, n * stride * 4)
-        buffer = Buffer(block, block.address, n, width, stride)
-        if quantized and self._quantized and width % 32 == 0:
-            buffer.quantized = (Block(memory, n * width * 2), Block(memory, n * width))
-        return buffer
+        block = Block(self._program.memory, n * stride * 4)
+        return Buffer(n, width, stride, block, block.address)
+
+    def _later(self, n: int, width: int, kernel: Kernel, source: Buffer, arguments: tuple[Any, ...]) -> Buffer:
+        """A buffer that is made in the form in which it is wanted first."""
+        return Buffer(n, width, -(-width // 16) * 16, producer=Producer(kernel, arguments, source))
+
+    def _floats(self, x: Buffer) -> Buffer:
+        """The buffer, with its floats in memory."""
+        if x.block is None and x.producer is not None:
+            x.block = Block(self._program.memory, x.rows * x.stride_bytes)
+            x.address = x.block.address
+            arguments = (x.address, x.stride_bytes, 0, *x.producer.arguments, 0, 0, 1, 1, x.rows)
+            self._program.add(x.producer.kernel, x.rows, arguments)
+        return x
+
+    def _own_floats(self, x: Buffer) -> tuple[Any, int, tuple[Kernel, int] | None]:
+        """A single row of floats: its address, the bytes between the copies of threads, and how they make them."""
+        if x.block is not None or x.producer is None:
+            return x.address, 0, None
+        row = self._scratch_memory("row", x.stride_bytes)
+        arguments = (row, 0, x.stride_bytes, *x.producer.arguments, 0, 0, 1, 1, 1)
+        return row, x.stride_bytes, (x.producer.kernel, self._program.store(arguments))
+
+    def _own_codes(self, x: Buffer) -> tuple[Any, int]:
+        """A single row of int8 codes, made by each thread for itself: where, and the bytes between the threads' copies.
+
+        Rounding a row takes less time than waiting for another thread to do it.
+        """
+        each = codes.panel_bytes(x.width, 1)
+        panel, row = self._scratch_memory("panel", each), self._scratch_memory("row", x.stride_bytes)
+        if x.first is None:
+            producer = self._producer_of_codes(x)
+            arguments = (row, 0, x.stride_bytes, *producer.arguments, panel, each, 1, 1, 1)
+            x.first = producer.kernel, self._program.store(arguments)
+        return panel, each
+
+    def _producer_of_codes(self, x: Buffer) -> Producer:
+        if x.block is None and x.producer is not None:
+            return x.producer
+        return Producer(rows.quantize, (x.address, x.stride_bytes, x.width), x)
+
+    def _panels(self, x: Buffer) -> tuple[int, int]:
+        """int8 codes of several rows: their address, and the width of the last panel."""
+        widest, *_ = widths = codes.panel_widths()
+        rest = x.rows % widest or widest
+        last = min(w for w in widths if w >= rest)
+        if x.panels is None:
+            x.panels = Block(self._program.memory, -(-x.rows // widest) * codes.panel_bytes(x.width, widest))
+            each, producer = widest * x.stride_bytes, self._producer_of_codes(x)
+            out = self._scratch_memory("rows", each)
+            arguments = (out, x.stride_bytes, each, *producer.arguments, x.panels.address, 0, widest, last, x.rows)
+            self._program.add(producer.kernel, -(-x.rows // widest), arguments)
+        return x.panels.address, last
+
+    def _scratch_memory(self, use: str, each: int) -> NDArray[np.uint8]:
+        """Scratch for every thread; programs keep the one that they were recorded with alive."""
+        if len(self._scratch.get(use, ())) < each * self.threads:
+            self._scratch[use] = aligned(each * self.threads)
+        return self._scratch[use]
 
     # Operations
 
     def embed(self, table: Tiles, rows: Any, scale: float = 1.0, offset: int = 0) -> Buffer:
-        form = table.format
+        form, layout = table.format, table.format.layout
         out = self._new(len(rows), form.inputs)
         place = (out.address, out.stride_bytes, table.data, form.tile_bytes, rows, offset, form.inputs)
-        layout: tuple[int, ...] = (FLOAT_CODES.get(form.kind, 0),)
-        if form.byte_scales:
-            layout = (form.bits, form.symmetric)
-        elif form.bits:
-            layout = (form.bits, form.group_size, form.size, form.symmetric)
-        self._program.add(_embed_kernel(form), len(rows), (*place, *layout, float(scale)))
+        how: tuple[int, ...] = (FLOAT_CODES.get(form.kind, 0),)
+        if layout and layout.kind in ("k16", "k32"):
+            how = (layout.bits, layout.symmetric)
+        elif layout:
+            how = (layout.bits, layout.group_size, layout.scale_bytes, layout.symmetric)
+        self._program.add(_embed_kernel(form), len(rows), (*place, *how, float(scale)))
         return out
 
     def norm(self, x: Buffer, weight: _Norm, heads: int = 1) -> Buffer:
-        out = self._new(x.rows, x.width, quantized=heads == 1)
-        source = (out.address, out.stride_bytes, x.address, x.stride_bytes, weight.weight)
-        bias = 0 if weight.bias is None else weight.bias
+        source, bias = self._floats(x), 0 if weight.bias is None else weight.bias
         settings = (bias, x.width // heads, heads, weight.centred, float(weight.eps))
-        self._program.add(rows.norm, x.rows, (*source, *settings, *out.codes()))
-        return out
+        arguments = (source.address, source.stride_bytes, weight.weight, *settings)
+        out = self._later(x.rows, x.width, rows.norm, source, arguments)
+        # Norms of heads never feed a linear.
+        return out if heads == 1 else self._floats(out)
 
     def linear(self, x: Buffer, weight: list[Tiles], residual: Buffer | None = None) -> Buffer:
         starts = np.cumsum([0] + [t.rows for t in weight])
         span = max(int(s) + 16 * t.row_tiles for s, t in zip(starts, weight))
         out = self._new(x.rows, int(starts[-1]), span=span)
-        start = 0
-        for tiles in weight:
-            self._linear_part(out, start, x, tiles, residual)
-            start += tiles.rows
+        for start, tiles in zip(starts.tolist(), weight):
+            self._linear_part(out, start, x, tiles, self._floats(residual) if residual else None)
         return out
 
     def _linear_part(self, out: Buffer, start: int, x: Buffer, tiles: Tiles, residual: Buffer | None) -> None:
-        form, n = tiles.format, x.rows
-        rows_each = max(1, WORK_BYTES // form.tile_bytes)
-        tokens_each = 64 if n > FEW_TOKENS else n
-        work = -(-tiles.row_tiles // rows_each) * -(-n // max(tokens_each, 1))
-        place = (
-            out.address + start * 4,
-            out.stride_bytes,
-            tiles.data,
-            form.tile_bytes,
-            tiles.row_tiles,
-            rows_each,
-        )
+        if not x.rows:
+            return
+        few = x.rows <= FEW_TOKENS
+        each = max(1, WORK_BYTES // tiles.format.tile_bytes) if few else 1
+        pieces = -(-tiles.row_tiles // each)
+        nbytes = each * tiles.format.tile_bytes
+        weights = Weights(tiles.data.ctypes.data, nbytes, pieces) if few else None
+        place = _Place(out.address + start * 4, out.stride_bytes, tiles, each, pieces, weights)
         bias = 0 if tiles.bias is None else tiles.bias
         extra = (bias, residual.address + start * 4, residual.stride_bytes) if residual else (bias, 0, 0)
-        if form.bits:
-            q, meta = self._codes(x)
-            groups = (form.inputs // form.group_size, form.group_size // 32)
-            operands: tuple[Any, ...] = (q, form.inputs, meta, n, tokens_each, *groups)
+        if not tiles.format.layout:
+            self._float_linear(place, x, extra)
+        elif x.rows == 1:
+            self._gemv(place, tiles.format.layout, x, extra)
         else:
-            operands = (x.address, x.stride_bytes, n, tokens_each, form.inputs)
-        self._program.add(self._linear_kernel(tiles), work if n else 0, (*place, *operands, *extra))
+            self._gemm(place, tiles.format.layout, x, extra)
 
-    def _codes(self, x: Buffer) -> tuple[int, int]:
-        """The int8 planes of a buffer, made now if no producer did."""
-        if x.quantized is None:
-            memory = self._program.memory
-            x.quantized = (Block(memory, x.rows * x.width * 2), Block(memory, x.rows * x.width))
-            self._program.add(rows.quantize, x.rows, (x.address, x.stride_bytes, *x.codes(), x.width))
-        return x.codes()
+    def _gemv(self, place: _Place, layout: Layout, x: Buffer, extra: tuple[Any, ...]) -> None:
+        panel, thread_bytes = self._own_codes(x)
+        arguments = (place.out, *place.tile, panel, thread_bytes, x.width, *extra[:2])
+        self._program.add(gemv(layout), place.pieces, arguments, first=x.first, weights=place.weights)
+
+    def _gemm(self, place: _Place, layout: Layout, x: Buffer, extra: tuple[Any, ...]) -> None:
+        address, last = self._panels(x)
+        n_panels = -(-x.rows // codes.panel_widths()[0])
+        each, scratch = self._share(place.pieces, n_panels), gemm_scratch(layout, x.width)
+        shape = (address, x.rows, each, x.width, last)
+        arguments = (place.out, place.stride, *place.tile, *shape, *extra, self._scratch_memory("gemm", scratch))
+        tiles = place.pieces * -(-n_panels // each)
+        self._program.add(gemm(layout), tiles, (*arguments, scratch), weights=place.weights)
+
+    def _float_linear(self, place: _Place, x: Buffer, extra: tuple[Any, ...]) -> None:
+        n, form = x.rows, place.tiles.format
+        address, thread_bytes, first = self._own_floats(x) if n == 1 else (self._floats(x).address, 0, None)
+        each, scratch = self._share(place.pieces, n), float_scratch()
+        shape = (address, x.stride_bytes, thread_bytes, n, each, form.inputs)
+        arguments = (place.out, place.stride, *place.tile, *shape, *extra, self._scratch_memory("float", scratch))
+        tiles = place.pieces * -(-n // each)
+        kernel = float_linear(form.kind)
+        self._program.add(kernel, tiles, (*arguments, scratch), first=first, weights=place.weights)
+
+    def _share(self, pieces: int, n: int) -> int:
+        """How many of n tokens or panels are one piece of work, if there are so many pieces along the rows."""
+        parts = min(-(-PIECES * self.threads // pieces), -(-n // 4))
+        return -(-n // parts)
 
     def split(self, x: Buffer, widths: Sequence[int]) -> list[Buffer]:
-        starts = np.cumsum([0, *widths[:-1]])
-        return [Buffer(x.block, x.address + int(s) * 4, x.rows, width, x.stride) for s, width in zip(starts, widths)]
+        starts, source = np.cumsum([0, *widths[:-1]]), self._floats(x)
+        return [
+            Buffer(x.rows, width, x.stride, source.block, source.address + int(s) * 4)
+            for s, width in zip(starts, widths)
+        ]
 
     def rope(self, x: Buffer, heads: int, positions: Any, rope: Any) -> Buffer:
         out = self._new(x.rows, x.width)
@@ -306,7 +431,7 @@ class CpuOps(Ops):
             *source,
             pages.page_bytes,
             pages.kv_heads,
-            self._scratch_memory(scratch),
+            self._scratch_memory("attention", scratch),
             scratch,
             *settings,
         )
@@ -324,34 +449,29 @@ class CpuOps(Ops):
         self._program.add(attention.attention_merge(*shape), tiles, place)
         return out
 
-    def _scratch_memory(self, each: int) -> NDArray[np.uint8]:
-        """Scratch for every thread; programs keep the one that they were recorded with alive."""
-        if len(self._scratch) < each * self.threads:
-            self._scratch = np.empty(each * self.threads, np.uint8)
-        return self._scratch
-
     def activation(self, x: Buffer, kind: str, gated: bool) -> Buffer:
-        width = x.width // 2 if gated else x.width
-        out = self._new(x.rows, width, quantized=True)
-        place = (out.address, out.stride_bytes, x.address, x.stride_bytes)
-        self._program.add(rows.activation, x.rows, (*place, width, ACTIVATIONS[kind], gated, *out.codes()))
-        return out
+        width, source = x.width // 2 if gated else x.width, self._floats(x)
+        arguments = (source.address, source.stride_bytes, width, ACTIVATIONS[kind], gated)
+        return self._later(x.rows, width, rows.activation, source, arguments)
 
     def add(self, a: Buffer, b: Buffer) -> Buffer:
         out = self._new(a.rows, a.width)
-        sources = (a.address, a.stride_bytes, b.address, b.stride_bytes, a.width)
-        self._program.add(rows.add_rows, a.rows, (out.address, out.stride_bytes, *sources))
+        sources = [v for x in (self._floats(a), self._floats(b)) for v in (x.address, x.stride_bytes)]
+        self._program.add(rows.add_rows, a.rows, (out.address, out.stride_bytes, *sources, a.width))
         return out
 
     def take(self, x: Buffer, rows: Any) -> Buffer:
+        source = self._floats(x)
+        if len(rows) == x.rows == 1:
+            return source
         out = self._new(len(rows), x.width)
-        arguments = (out.address, out.stride_bytes, x.address, x.stride_bytes, rows, x.width)
+        arguments = (out.address, out.stride_bytes, source.address, source.stride_bytes, rows, x.width)
         self._program.add(_take_kernel, len(rows), arguments)
         return out
 
     def softcap(self, x: Buffer, cap: float) -> Buffer:
-        out = self._new(x.rows, x.width)
-        arguments = (out.address, out.stride_bytes, x.address, x.stride_bytes, x.width, float(cap))
+        out, source = self._new(x.rows, x.width), self._floats(x)
+        arguments = (out.address, out.stride_bytes, source.address, source.stride_bytes, x.width, float(cap))
         self._program.add(rows.softcap, x.rows, arguments)
         return out
 
@@ -362,9 +482,9 @@ _rope_kernel, _take_kernel = rope.rope, rows.take
 
 def _embed_kernel(form: Format) -> Kernel:
     """What looks rows of a format up."""
-    if form.byte_scales:
+    if form.layout and form.layout.kind in ("k16", "k32"):
         return pack.embed_byte_scales
-    return pack.embed_quantized if form.bits else pack.embed_floats
+    return pack.embed_quantized if form.layout else pack.embed_floats
 
 
 def _padded(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -8,17 +8,18 @@ memory whose Python owner is gone by then can be given to later operations of th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cpu_kernels.compile import Kernel
-from cpu_kernels.threads import ThreadPool
+from cpu_kernels.threads import FIELDS, RUN_BIT, ThreadPool
 from ondevice.ops.base import Step
 
-SLICE = 8
-"""Operations between two looks at Python's signals while a prompt is read."""
+SLICE = 1
+"""Operations between two looks at Python's signals while a prompt is read: one of a large model takes 0.2 s."""
 
 
 def aligned(nbytes: int) -> NDArray[np.uint8]:
@@ -59,6 +60,21 @@ class Block:
         self._memory.free[1 << (len(self.array) - 65).bit_length()].append(self.array)
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights that an operation reads, for those that wait before it to fetch.
+
+    Args:
+        address: of the first byte.
+        each: bytes that one piece of work reads.
+        pieces: of work.
+    """
+
+    address: int
+    each: int
+    pieces: int
+
+
 class Program:
     """Kernels with their arguments, in order.
 
@@ -67,29 +83,49 @@ class Program:
     """
 
     def __init__(self, step: Step | None = None) -> None:
-        self._records: list[tuple[int, int]] = []
+        self._records: list[tuple[int, int, int, int, int]] = []
+        self._weights: list[Weights | None] = []
         self._arguments: list[int] = []
-        self._starts: list[int] = []
         self._alive: list[Any] = []
         self._by_chunks: list[int] = []
+        self.parts: list[str] = []
+        self.part = ""
         self.memory = _Memory()
         if step is not None:
             self.step = Step(*(np.array(a, np.int32) for a in (step.tokens, step.positions, step.slots, step.outputs)))
             self.chunks = np.ones(1, np.int32)
         self.result: NDArray[np.float32] = np.empty((0, 0), np.float32)
 
-    def add(self, kernel: Kernel, tiles: int, arguments: Sequence[Any], by_chunks: bool = False) -> None:
+    def add(
+        self,
+        kernel: Kernel,
+        tiles: int,
+        arguments: Sequence[Any],
+        by_chunks: bool = False,
+        first: tuple[Kernel, int] | None = None,
+        weights: Weights | None = None,
+    ) -> None:
         """Appends an operation.
 
         Args:
             kernel: what runs on each tile.
             tiles: pieces of work; with by_chunks, times the number of attention chunks at run time.
             arguments: integers, floats, and arrays, which are passed by address and kept alive.
+            first: what each thread does before its first tile: a kernel and where `store` put its arguments.
+            weights: what the operation reads, where fetching it ahead may pay.
         """
+        if tiles >= 1 << RUN_BIT:
+            raise ValueError(f"an operation of {tiles} tiles; at most {(1 << RUN_BIT) - 1} can be counted")
         if by_chunks:
             self._by_chunks.append(len(self._records))
-        self._records.append((kernel.address, tiles))
-        self._starts.append(len(self._arguments))
+        before = (first[0].address, first[1]) if first else (0, -1)
+        self._records.append((kernel.address, self.store(arguments), tiles, *before))
+        self._weights.append(weights)
+        self.parts.append(self.part)
+
+    def store(self, arguments: Sequence[Any]) -> int:
+        """Keeps a kernel's arguments. Returns their place."""
+        place = len(self._arguments)
         for value in arguments:
             if isinstance(value, np.ndarray):
                 self._alive.append(value)
@@ -98,6 +134,7 @@ class Program:
                 self._arguments.append(int(np.float64(value).view(np.int64)))
             else:
                 self._arguments.append(int(value))
+        return place
 
     def keep(self, owner: object) -> None:
         """Holds something until the program is gone."""
@@ -106,12 +143,19 @@ class Program:
     def seal(self) -> None:
         """Turns what was recorded into the arrays that the threads read."""
         self._words = np.array(self._arguments or [0], np.int64)
-        starts = self._words.ctypes.data + 8 * np.array(self._starts, np.int64)
-        self._table = np.empty((len(self._records), 3), np.int64)
+        table = np.zeros((len(self._records), FIELDS), np.int64)
         if self._records:
-            self._table[:, [0, 2]] = self._records
-            self._table[:, 1] = starts
-        self._base_tiles = self._table[self._by_chunks, 2].copy()
+            table[:, :5] = self._records
+            for column in (1, 4):
+                places = table[:, column]
+                table[:, column] = np.where(places < 0, 0, self._words.ctypes.data + 8 * places)
+        following: Weights | None = None
+        for row, weights in zip(table[::-1], self._weights[::-1]):
+            if following:
+                row[5:] = following.address, following.each, following.pieces
+            following = weights or following
+        self._table = table
+        self._base_tiles = table[self._by_chunks, 2].copy()
 
     def load(self, step: Step, chunk: int) -> None:
         """Puts in the values of a step of the recorded shape. chunk: positions of one attention chunk."""
@@ -129,3 +173,16 @@ class Program:
         n = len(self._table)
         for first in range(0, n, n if at_once else SLICE):
             pool.run(self._table, first, n if at_once else min(SLICE, n - first))
+
+    def measure(self, pool: ThreadPool) -> NDArray[np.int64]:
+        """Runs all operations. Returns nanoseconds [operations, threads, 2]: worked, and waited for others."""
+        times = np.zeros((len(self._table), pool.threads, 2), np.int64)
+        pool.run(self._table, times=times)
+        return times
+
+    def bytes_of_parts(self) -> dict[str, int]:
+        """Bytes of weights that each part of the model reads."""
+        sums: dict[str, int] = {}
+        for part, weights in zip(self.parts, self._weights):
+            sums[part] = sums.get(part, 0) + (weights.each * weights.pieces if weights else 0)
+        return sums

@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_kernels import linear, pack
+from cpu_kernels import pack
 from cpu_kernels.threads import ThreadPool
+from cpu_kernels.tiles import Layout
 from ondevice.checkpoint.quantization import SUPER_BLOCK, Quantized, Tensor, dequantize
 from ondevice.ops.cpu_program import Program, aligned
 
@@ -25,34 +26,20 @@ class Format:
 
     Args:
         inputs: width of a row.
-        bits: 4, 5, 6 or 8; 0 for floats.
-        group_size: inputs with a common float: 32, 64, 128, or 256 where scales are bytes under factors.
-        kind: of the scales ("f32", "f16", "k32", "k16"; see cpu_kernels.linear) or floats ("f32", "f16", "bf16").
-        symmetric: no biases, codes relative to the middle of their range.
+        layout: of quantized tiles; None for floats.
+        kind: of the floats: "f32", "f16", "bf16".
     """
 
     inputs: int
-    bits: int = 0
-    group_size: int = 0
+    layout: Layout | None = None
     kind: str = "f32"
-    symmetric: bool = False
 
     @property
     def tile_bytes(self) -> int:
         """Bytes of 16 rows."""
-        if not self.bits:
-            return 16 * self.inputs * self.size
-        return linear.tile_bytes(self.inputs, self.bits, self.group_size, self.kind, self.symmetric)
-
-    @property
-    def size(self) -> int:
-        """Bytes of a float, or of a scale."""
-        return 4 if self.kind == "f32" else 2
-
-    @property
-    def byte_scales(self) -> bool:
-        """Whether scales are bytes under factors."""
-        return self.kind in ("k16", "k32")
+        if self.layout:
+            return self.layout.tile_bytes(self.inputs)
+        return 16 * self.inputs * (4 if self.kind == "f32" else 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +51,12 @@ class Tiles:
         rows: without the padding to whole tiles.
         data: bytes of all tiles.
         bias: float32 [padded rows] or None.
-        planes: planes of int8 activations to use, 1 or 2.
     """
 
     format: Format
     rows: int
     data: NDArray[np.uint8]
     bias: NDArray[np.float32] | None = None
-    planes: int = 1
 
     @property
     def row_tiles(self) -> int:
@@ -81,19 +66,19 @@ class Tiles:
 
 def format_of(tensor: Tensor) -> Format:
     """The tile format that holds a tensor exactly."""
+    inputs = tensor.shape[1]
     if not isinstance(tensor, Quantized):
-        return Format(tensor.shape[1], kind=FLOAT_KINDS.get(tensor.dtype, "f32"))
+        return Format(inputs, kind=FLOAT_KINDS.get(tensor.dtype, "f32"))
     if tensor.super_scales is not None:
         symmetric = tensor.biases is None
-        return Format(tensor.shape[1], tensor.bits, SUPER_BLOCK, "k16" if symmetric else "k32", symmetric)
+        return Format(inputs, Layout(tensor.bits, SUPER_BLOCK, "k16" if symmetric else "k32", symmetric))
     scales, biases = tensor.affine()
     symmetric = bool(np.array_equal(scales * np.float32(-(2 ** (tensor.bits - 1))), biases))
     half = all(a is None or a.dtype == np.float16 for a in (tensor.scales, tensor.biases))
-    kind = "f16" if half else "f32"
-    return Format(tensor.shape[1], tensor.bits, tensor.group_size, kind, symmetric)
+    return Format(inputs, Layout(tensor.bits, tensor.group_size, "f16" if half else "f32", symmetric))
 
 
-def pack_rows(pool: ThreadPool, tensors: Sequence[Tensor], biases: Sequence[Tensor | None], planes: int) -> list[Tiles]:
+def pack_rows(pool: ThreadPool, tensors: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tiles]:
     """Joins linears along their outputs into as few runs of tiles as their formats allow.
 
     A run ends where the format changes or where rows do not fill their last tile.
@@ -105,10 +90,10 @@ def pack_rows(pool: ThreadPool, tensors: Sequence[Tensor], biases: Sequence[Tens
             runs[-1][1].append(i)
         else:
             runs.append((form, [i]))
-    return [_pack_run(pool, f, [tensors[i] for i in run], [biases[i] for i in run], planes) for f, run in runs]
+    return [_pack_run(pool, f, [tensors[i] for i in run], [biases[i] for i in run]) for f, run in runs]
 
 
-def _pack_run(pool: ThreadPool, form: Format, tensors: list[Tensor], biases: list[Tensor | None], planes: int) -> Tiles:
+def _pack_run(pool: ThreadPool, form: Format, tensors: list[Tensor], biases: list[Tensor | None]) -> Tiles:
     rows = sum(t.shape[0] for t in tensors)
     data = aligned(-(-rows // 16) * form.tile_bytes)
     start = 0
@@ -120,24 +105,25 @@ def _pack_run(pool: ThreadPool, form: Format, tensors: list[Tensor], biases: lis
         bias = np.zeros(-(-rows // 16) * 16, np.float32)
         parts = [np.zeros(t.shape[0], np.float32) if b is None else dequantize(b) for t, b in zip(tensors, biases)]
         bias[:rows] = np.concatenate(parts)
-    return Tiles(form, rows, data, bias, planes)
+    return Tiles(form, rows, data, bias)
 
 
 def _pack_tensor(pool: ThreadPool, form: Format, tensor: Tensor, address: int) -> None:
     program = Program()
     rows, inputs = tensor.shape
     tiles = -(-rows // 16)
-    if isinstance(tensor, Quantized) and form.byte_scales:
+    layout = form.layout
+    if isinstance(tensor, Quantized) and layout and layout.kind in ("k16", "k32"):
         parts = (tensor.packed, tensor.scales, tensor.biases, tensor.super_scales, tensor.super_biases)
         arrays = [0 if a is None else np.ascontiguousarray(a) for a in parts]
-        program.add(pack.pack_byte_scales, tiles, (address, form.tile_bytes, *arrays, rows, inputs, form.bits))
-    elif isinstance(tensor, Quantized):
-        scale_type: Any = np.float16 if form.kind == "f16" else np.float32
+        program.add(pack.pack_byte_scales, tiles, (address, form.tile_bytes, *arrays, rows, inputs, layout.bits))
+    elif isinstance(tensor, Quantized) and layout:
+        scale_type: Any = np.float16 if layout.kind == "f16" else np.float32
         arrays = [np.ascontiguousarray(tensor.packed), np.ascontiguousarray(tensor.scales.astype(scale_type))]
-        arrays.append(0 if form.symmetric else np.ascontiguousarray(tensor.affine()[1].astype(scale_type)))
-        settings = (rows, inputs, form.bits, form.group_size, form.size, form.symmetric)
+        arrays.append(0 if layout.symmetric else np.ascontiguousarray(tensor.affine()[1].astype(scale_type)))
+        settings = (rows, inputs, layout.bits, layout.group_size, layout.scale_bytes, layout.symmetric)
         program.add(pack.pack_quantized, tiles, (address, form.tile_bytes, *arrays, *settings))
-    else:
+    elif not isinstance(tensor, Quantized):
         known = tensor.dtype in FLOAT_KINDS
         floats = np.ascontiguousarray(tensor if known else tensor.astype(np.float32))
         program.add(pack.pack_floats, tiles, (address, floats, rows, inputs, floats.dtype.itemsize))

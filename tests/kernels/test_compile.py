@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import cpu_kernels
-from cpu_kernels import attention, linear
+from cpu_kernels import attention
+from cpu_kernels.float_linear import float_linear
+from cpu_kernels.gemm import gemm
+from cpu_kernels.gemv import gemv
+from cpu_kernels.tiles import Layout
 
 ADD_TWO = """
 import ctypes, numpy as np
@@ -46,9 +50,9 @@ def test_shapes_of_a_kernel_have_names_of_their_own() -> None:
     """Their machine code is found by label across processes, so one must not stand for two shapes."""
     makers = (attention.attention_tokens, attention.attention_chunks, attention.attention_merge)
     made = [maker(*shape) for maker in makers for shape in ((1, 16), (2, 16), (1, 32))]
-    forms = ((4, 2, "f16", False), (4, 2, "f16", True), (8, 2, "f16", True))
-    made += [linear.quantized_linear(*form) for form in forms]
-    made += [linear.float_linear(kind) for kind in ("f32", "f16")]
+    forms = ((4, 32, "f16", False), (4, 32, "f16", True), (4, 64, "f16", True), (8, 32, "f16", True))
+    made += [maker(Layout(*form)) for maker in (gemm, gemv) for form in forms]
+    made += [float_linear(kind) for kind in ("f32", "f16")]
     for names in ([kernel.function.__qualname__ for kernel in made], [kernel.label for kernel in made]):
         assert len(set(names)) == len(names)
     chunks = [attention._chunk(*shape).py_func.__qualname__ for shape in ((1, 16), (2, 16), (1, 32))]

@@ -12,7 +12,7 @@ from llvmlite import ir
 from cpu_kernels import rows
 from cpu_kernels.compile import kernel, unpack
 from cpu_kernels.simd import VOID, A, op, set_i64
-from cpu_kernels.threads import shared_pool
+from cpu_kernels.threads import FIELDS, shared_pool
 
 I8P = ir.IntType(8).as_pointer()
 FLAGS = 0x3F
@@ -39,7 +39,8 @@ def states(threads: int) -> list[int]:
     """MXCSR of the threads of a pool; of those that came to work at all."""
     out = np.full(threads, -1, np.int64)
     words = np.array([out.ctypes.data], np.int64)
-    program = np.array([(state.address, words.ctypes.data, 500)] * 20, np.int64)
+    program = np.zeros((20, FIELDS), np.int64)
+    program[:, :3] = state.address, words.ctypes.data, 500
     shared_pool(threads).run(program)
     return [int(value) & ~FLAGS for value in out if value >= 0]
 

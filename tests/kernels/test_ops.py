@@ -13,6 +13,7 @@ from ondevice.generation.kv_cache import KVCache
 from ondevice.ops.base import Ops, Step
 from ondevice.ops.cpu import CpuOps
 from ondevice.ops.reference import ReferenceOps
+from tests.kernels.rounding import rounded
 from tests.kernels.tables import run_rows
 from tests.tiny import tiny_spec
 
@@ -28,9 +29,13 @@ def rows(n: int, d: int, seed: int = 0) -> np.ndarray:
     return np.random.RandomState(seed).standard_normal((n, d)).astype(np.float32)
 
 
-def compare(ops: Ops, x: np.ndarray, body: Any, tolerance: float) -> np.ndarray:
-    """Asserts that a table agrees with the reference, relative to results of size 1 or more; returns its result."""
-    got, expected = (run_rows(table, x, body) for table in (ops, REFERENCE))
+def compare(ops: Ops, x: np.ndarray, body: Any, tolerance: float, codes: bool = False) -> np.ndarray:
+    """Asserts that a table agrees with the reference, relative to results of size 1 or more; returns its result.
+
+    Args:
+        codes: the table rounds x to int8 first.
+    """
+    got, expected = run_rows(ops, x, body), run_rows(REFERENCE, rounded(x) if codes else x, body)
     assert got.shape == expected.shape
     assert np.abs(got - expected).max(initial=0) <= tolerance * np.abs(expected).max(initial=1)
     return got
@@ -77,8 +82,9 @@ def test_linear(ops: Ops, kind: str, n: int, shape: tuple[int, int]) -> None:
     def body(table: Ops, x: Any, step: Step) -> Any:
         return table.linear(x, table.pack_linear([w], [None]))
 
-    # Two int8 planes resolve 1/65,000 of a group's largest value.
-    compare(ops, rows(n, shape[1]), body, 6e-5 if "/" in kind else 3e-6)
+    x = rows(n, shape[1])
+    x[:, 5] *= 20
+    compare(ops, x, body, 3e-6, codes="/" in kind)
 
 
 @pytest.mark.parametrize("kinds", [("4/32/f16", "8/32/symmetric", "f32"), ("f16", "f16", "f16")])
@@ -92,7 +98,8 @@ def test_joined_linears_with_bias_and_residual(ops: Ops, kinds: tuple[str, ...])
         y = table.embed(table.pack_embedding(residual), step.tokens)
         return table.linear(x, table.pack_linear(parts, biases), residual=y)
 
-    compare(ops, rows(9, 128), body, 6e-5)
+    x = rounded(rows(9, 128)).astype(np.float32)
+    compare(ops, x, body, 3e-6, codes=True)
 
 
 @pytest.mark.parametrize("kind", ["4/32/f16", "8/32/symmetric", "f16"])
@@ -120,7 +127,8 @@ def test_quantized_activations_at_extreme_sizes(ops: Ops, scale: float) -> None:
 
     got, expected = run_rows(ops, x, body), run_rows(REFERENCE, x, body)
     largest = np.abs(x).max(axis=1, keepdims=True)
-    assert (np.abs(got - expected) <= 3e-5 * largest).all()
+    # A part in 254 of the largest at most, in a random direction for each of 128 inputs.
+    assert (np.abs(got - expected) <= 1e-2 * largest).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -14,7 +14,7 @@ import pytest
 
 from cpu_kernels.compile import kernel, unpack
 from cpu_kernels.simd import atomic_add, i64_at, set_i64
-from cpu_kernels.threads import ThreadPool, shared_pool
+from cpu_kernels.threads import FIELDS, ThreadPool, shared_pool
 
 
 @kernel("count")
@@ -41,8 +41,8 @@ def words(*values: object) -> np.ndarray:
 def counting(n_ops: int, tiles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     counts = np.zeros(max(tiles, 1), np.int64)
     arguments = words(counts)
-    program = np.empty((n_ops, 3), np.int64)
-    program[:] = count.address, arguments.ctypes.data, tiles
+    program = np.zeros((n_ops, FIELDS), np.int64)
+    program[:, :3] = count.address, arguments.ctypes.data, tiles
     return program, counts, arguments
 
 
@@ -58,7 +58,8 @@ def test_operations_wait_for_each_other() -> None:
     n = 33
     a, b = np.ones(n, np.int64), np.zeros(n, np.int64)
     there, back = words(b, a, n), words(a, b, n)
-    program = np.array([(copy_total.address, args.ctypes.data, n) for args in (there, back) * 5], np.int64)
+    program = np.zeros((10, FIELDS), np.int64)
+    program[:, :3] = [(copy_total.address, args.ctypes.data, n) for args in (there, back) * 5]
     shared_pool(2).run(program)
     assert a.tolist() == [n**10] * n
 
