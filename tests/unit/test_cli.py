@@ -29,8 +29,9 @@ def ondevice_cli(tmp_path, monkeypatch):
     return run
 
 
-def python(*args, **extra):
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=60, check=False, **extra)
+def python(*args, timeout=60, **extra):
+    command = [sys.executable, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **extra)
 
 
 def answered(result):
@@ -227,7 +228,7 @@ def test_doctor_compiles_everything_ahead(tiny_path, tmp_path):
     (folder / "model").symlink_to(tiny_path)
     env = {**os.environ, "ONDEVICE_HOME": str(tmp_path / "store"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     assert "not compiled ahead" in python("-c", WITHOUT_A_COMPILER, env=env).stderr
-    warmed = python("-m", "ondevice", "doctor", "--warm", env=env)
+    warmed = python("-m", "ondevice", "doctor", "--warm", env=env, timeout=300)
     assert warmed.returncode == 0 and "compiling" in warmed.stderr
     done = python("-c", WITHOUT_A_COMPILER, env=env)
     assert (done.stdout, done.stderr) == ("answered\n", "")
