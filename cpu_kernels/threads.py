@@ -16,13 +16,13 @@ import functools
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
 
-from cpu_kernels.compile import call_kernel, our_cache
+from cpu_kernels.compile import Kernel, call_kernel
 from cpu_kernels.simd import (
     I32,
     I64,
@@ -232,23 +232,16 @@ def _stop(pool):
     wake(pool + RUN)
 
 
-_functions: dict[str, numba.core.dispatcher.Dispatcher] = {}
+RUNNING = Kernel(_run, "pool, run", VOID(A, A, A, A))
+WORKING = Kernel(_worker, "pool, worker", VOID(A, A))
+STOPPING = Kernel(_stop, "pool, stop", VOID(A))
+POOL = (RUNNING, WORKING, STOPPING)
+"""The pool's own functions, compiled on first use: importing this module must not take seconds."""
 
 
-def _compiled(name: str):
-    """The pool's own functions, compiled on first use: importing this module must not take seconds."""
-    if not _functions:
-        long = types.int64
-        table = {
-            "worker": (_worker, types.void(long, long)),
-            "run": (_run, types.void(long, long, long, long)),
-            "stop": (_stop, types.void(long)),
-        }
-        with our_cache():
-            for key, (function, signature) in table.items():
-                made = numba.njit(signature, nogil=True, cache=True, error_model="numpy")(function)
-                _functions[key] = made
-    return _functions[name]
+def _callable(item: Kernel) -> Callable[..., None]:
+    """A pool's function as one of Python's, which runs without Python's lock."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(item.signature.args))(item.address)
 
 
 class ThreadPool:
@@ -277,7 +270,7 @@ class ThreadPool:
         first = self._pool + WORDS * 8
         for word, value in ((COUNTERS, first), (RECORDS, first + counters * 8), (THREADS, self.threads)):
             ctypes.c_int64.from_address(self._pool + word).value = value
-        self._run, worker = _compiled("run"), _compiled("worker")
+        self._run, self._stop, worker = _callable(RUNNING), _callable(STOPPING), _callable(WORKING)
         self._workers = [
             threading.Thread(target=worker, args=(self._pool, i), name=f"ondevice-{i}", daemon=True)
             for i in range(1, self.threads)
@@ -288,7 +281,7 @@ class ThreadPool:
     def _close(self) -> None:
         """Ends the workers before the interpreter frees what they look at."""
         with self._lock:
-            _compiled("stop")(self._pool)
+            self._stop(self._pool)
             for thread in self._workers:
                 thread.join()
 

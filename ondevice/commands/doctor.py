@@ -80,14 +80,14 @@ def _machine() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    from cpu_kernels.compile import cache_folder
+    from cpu_kernels.code_cache import ENDING, cache_folder
     from cpu_kernels.integer_dots import instruction_set
 
     folder = cache_folder()
     return {
         "instruction_set": instruction_set(),
         "cache_folder": str(folder),
-        "compiled": sum(1 for _ in folder.rglob("*.nbc")),
+        "compiled": sum(1 for _ in folder.glob(f"*{ENDING}")),
     }
 
 

@@ -64,7 +64,7 @@ def load_decoder(
     Raises:
         OptionError: an impossible case, shape or format, or no profile.
     """
-    ops = _table(backend, threads)
+    ops = _table(backend, threads, progress and _compiling(progress))
     if profile:
         profile_table(ops)
     with _open(source, progress) as checkpoint:
