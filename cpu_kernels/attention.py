@@ -114,8 +114,8 @@ def attention_tokens(group: int, head_dim: int) -> Kernel:
 
     @kernel(f"attention {group}x{head_dim}, many tokens")
     def attention(arguments, tile, thread):
-        (out, out_stride, n, each, q, q_stride, positions, slots, block_table, per_slot, keys, values, page_bytes, heads,
-         scratch, scratch_each, rotation, half, window, scale, softcap) = unpack(
+        (out, out_stride, n, each, q, q_stride, positions, slots, block_table, per_slot, keys, values, page_bytes,
+         heads, scratch, scratch_each, rotation, half, window, scale, softcap) = unpack(
             arguments, "iiiiiiiiiiiiiiiiiiiff")  # fmt: skip
         kv_head, memory = tile % heads, scratch + thread * scratch_each
         token = ((n + each - 1) // each - 1 - tile // heads) * each
@@ -139,9 +139,9 @@ def attention_tokens(group: int, head_dim: int) -> Kernel:
 
 @functools.cache
 def attention_chunks(group: int, head_dim: int) -> Kernel:
-    """Kernel for few tokens, whose chunks are shared among threads: tile = (token * n_kv_heads + KV head) * tiles + part.
+    """For few tokens, whose chunks threads share: tile = (token * n_kv_heads + KV head) * tiles + part.
 
-    A token's chunks are dealt evenly to its `tiles` parts. Whoever is the last to finish one joins all chunks, in order.
+    A token's chunks are dealt evenly to the parts. Whoever is the last to finish one joins all chunks, in order.
     counters: a cache line for each token and head, zeros before and after.
     """
     padded = padded_dim(head_dim)
@@ -170,8 +170,8 @@ def attention_chunks(group: int, head_dim: int) -> Kernel:
         base = parts + which * most_chunks * group * result
         k, v = keys + kv_head * page_bytes, values + kv_head * page_bytes
         for i in range(start, min(start + each, last + 1)):
-            attend(base + i * group * result, queries, queries + queries_bytes, k, v, pages, heads * page_bytes, position,
-                   i, window, F32(softcap))  # fmt: skip
+            attend(base + i * group * result, queries, queries + queries_bytes, k, v, pages, heads * page_bytes,
+                   position, i, window, F32(softcap))  # fmt: skip
         if each < chunks:
             if atomic_add(counters + 64 * which, 1) < (chunks + each - 1) // each - 1:
                 return

@@ -14,9 +14,9 @@ import numpy as np
 
 from cpu_kernels import attention_rows
 from cpu_kernels.compile import named
-from cpu_kernels.simd import f32_at, i32_at, load_f32, mul, set_f32, splat_f32, store_f32, zeros
 from cpu_kernels.rope import rotate
-from cpu_kernels.softmax import LOG2_E, result_bytes, weigh
+from cpu_kernels.simd import f32_at, i32_at, load_f32, mul, set_f32, splat_f32, store_f32, zeros
+from cpu_kernels.softmax import LOG2_E, begin, result_bytes, weigh
 
 F32 = np.float32
 CHUNK = 128
@@ -37,7 +37,7 @@ def padded_dim(head_dim: int) -> int:
 
 
 def query_stride(head_dim: int) -> int:
-    """Bytes between rows of queries. One cache line more than they need, so that rows do not compete for a cache set."""
+    """Bytes between rows of queries: a cache line more than they need, so that rows do not compete for a cache set."""
     return padded_dim(head_dim) * 4 + 64
 
 
@@ -53,7 +53,7 @@ def visible(position, window):
 
 @numba.njit(error_model="numpy")
 def address(base, pages, page_step, position, row_bytes):
-    """Where a position's values, or the keys of 16 positions from it on, lie. pages: a slot's row of the block table."""
+    """Where a position's values, or the keys of 16 positions from it on, lie. pages: the slot's in the block table."""
     return base + i32_at(pages + 4 * (position // PAGE)) * page_step + position % PAGE * row_bytes
 
 
@@ -148,28 +148,34 @@ def chunk(group: int, tokens: int, head_dim: int):
     @numba.njit(error_model="numpy")
     @named(f"{group}x{tokens}x{head_dim}")
     def attend(out, queries, work, keys, values, pages, page_step, position, index, window, softcap):
-        begin, final = index * CHUNK, position + tokens - 1
-        lowest, highest = max(visible(position, window), begin), min(begin + CHUNK, final + 1)
+        bottom, final = index * CHUNK, position + tokens - 1
+        lowest, highest = max(visible(position, window), bottom), min(bottom + CHUNK, final + 1)
         origin = lowest // 16 * 16
         score(work, queries, keys, values, pages, page_step, origin, (highest + 15) // 16 * 16)
         for t in range(tokens):
-            start, end = max(visible(position + t, window), begin), min(begin + CHUNK, position + t + 1)
+            start, end = max(visible(position + t, window), bottom), min(bottom + CHUNK, position + t + 1)
             if start < end:
                 for h in range(group):
                     row = work + t * weights_each + h * SCORE_STRIDE + 4 * (start // 16 * 16 - origin)
-                    weigh(out + t * results + h * result, row, start, end, padded, softcap)
-        # Everybody sees shared..shared_end-1.
-        shared, shared_end = max(visible(final, window), begin), min(begin + CHUNK, position + 1)
-        if tokens == 1 or shared >= shared_end:
-            shared = shared_end = begin + CHUNK
+                    begin(out + t * results + h * result, row, start, end, padded, softcap)
         for t in range(tokens):
-            start, end = max(visible(position + t, window), begin), min(shared, position + t + 1)
+            start, end = max(visible(position + t, window), bottom), min(bottom + CHUNK, position + t + 1)
+            if start < end:
+                for h in range(group):
+                    row = work + t * weights_each + h * SCORE_STRIDE + 4 * (start // 16 * 16 - origin)
+                    weigh(out + t * results + h * result, row, start, end, padded)
+        # Everybody sees shared..shared_end-1.
+        shared, shared_end = max(visible(final, window), bottom), min(bottom + CHUNK, position + 1)
+        if tokens == 1 or shared >= shared_end:
+            shared = shared_end = bottom + CHUNK
+        for t in range(tokens):
+            start, end = max(visible(position + t, window), bottom), min(shared, position + t + 1)
             row = work + t * weights_each + 4 * (start - origin)
             add_one(out + t * results, row, values, pages, page_step, start, end)
         if shared < shared_end:
             add_all(out, work + 4 * (shared - origin), values, pages, page_step, shared, shared_end)
         for t in range(tokens):
-            start, end = shared_end, min(begin + CHUNK, position + t + 1)
+            start, end = shared_end, min(bottom + CHUNK, position + t + 1)
             row = work + t * weights_each + 4 * (start - origin)
             add_one(out + t * results, row, values, pages, page_step, start, end)
 

@@ -63,10 +63,10 @@ def result_bytes(padded: int) -> int:
 
 
 @numba.njit(error_model="numpy")
-def weigh(result, scores, start, end, padded, softcap):
-    """Turns scores of positions start..end-1 into weights, and starts a result with them and a sum of zeros.
+def begin(result, scores, start, end, padded, softcap):
+    """Starts a result with the largest score and a sum of zeros; caps and masks the scores.
 
-    scores: of the 16 positions around `start` and on; those outside of start..end-1 get the weight 0.
+    scores: of the 16 positions around `start` and on; those outside of start..end-1 become too small to count.
     """
     first, last = start // 16 * 16, (end + 15) // 16 * 16
     if softcap > 0:
@@ -79,16 +79,22 @@ def weigh(result, scores, start, end, padded, softcap):
     peaks = splat_f32(F32(-1e30))
     for at in range(scores, scores + 4 * (last - first), 64):
         peaks = maximum(load_f32(at), peaks)
-    peak = largest(peaks)
-    shift = splat_f32(-peak)
-    weights = zeros()
-    for at in range(scores, scores + 4 * (last - first), 64):
+    for i in range(0, padded, 16):
+        store_f32(result + 4 * i, zeros())
+    set_f32(result + padded * 4, largest(peaks))
+
+
+@numba.njit(error_model="numpy")
+def weigh(result, scores, start, end, padded):
+    """Turns the scores that `begin` left into weights, 0 outside of start..end-1, and notes their sum.
+
+    It is not a part of `begin` so that a row need not wait for its own largest score while others could be weighed.
+    """
+    shift, weights = splat_f32(-f32_at(result + padded * 4)), zeros()
+    for at in range(scores, scores + 4 * ((end + 15) // 16 * 16 - start // 16 * 16), 64):
         e = exp2(add(load_f32(at), shift))
         store_f32(at, e)
         weights = add(weights, e)
-    for i in range(0, padded, 16):
-        store_f32(result + 4 * i, zeros())
-    set_f32(result + padded * 4, peak)
     set_f32(result + padded * 4 + 4, total(weights))
 
 

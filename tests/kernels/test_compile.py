@@ -56,12 +56,14 @@ def test_the_callers_cache_folder_is_left_alone() -> None:
 
 def test_shapes_of_a_kernel_have_names_of_their_own() -> None:
     """Machine code is found by name across processes, so one name must not stand for two shapes."""
-    makers = (attention.attention_tokens, attention.attention_chunks, attention.attention_merge)
+    makers = (attention.attention_tokens, attention.attention_chunks)
     made = [maker(*shape) for maker in makers for shape in ((1, 16), (2, 16), (1, 32))]
     forms = ((4, 2, "f16", False), (4, 2, "f16", True), (8, 2, "f16", True))
     made += [linear.quantized_linear(*form) for form in forms]
     made += [linear.float_linear(kind) for kind in ("f32", "f16")]
     names = [kernel.function.__qualname__ for kernel in made]
     assert len(set(names)) == len(names)
-    chunks = [attention._chunk(*shape).py_func.__qualname__ for shape in ((1, 16), (2, 16), (1, 32))]
-    assert len(set(chunks)) == 3
+    chunks = [
+        attention.chunk(*shape).py_func.__qualname__ for shape in ((1, 1, 16), (2, 1, 16), (1, 2, 16), (1, 1, 32))
+    ]
+    assert len(set(chunks)) == 4
