@@ -74,7 +74,7 @@ class Layer:
         return [[(slot, position, 1) for slot in range(self.slots)] for position in range(self.length)]
 
 
-SHAPES = [(9, 3, 64), (4, 4, 80), (8, 2, 96), (5, 1, 24), (7, 1, 128), (16, 2, 16), (16, 1, 256)]
+SHAPES = [(9, 3, 64), (4, 4, 80), (8, 2, 96), (5, 1, 24), (7, 1, 128), (16, 1, 256)]
 CPU = CpuOps(2)
 
 
@@ -129,7 +129,7 @@ def test_a_long_context_dealt_to_tiles_changes_no_bit() -> None:
     """Decoding at a depth where a tile is several chunks, and a shorter sequence beside the long one."""
     length = 40 * attention.CHUNK
     assert attention.tile_positions(length) == 2 * attention.CHUNK
-    layer = Layer((3, 1, 16), length, slots=2)
+    layer = Layer((6, 2, 32), length, slots=2)
     short, last = attention.CHUNK + 3, length - 3
     together = layer.run(
         CPU, [[(0, 0, last)], [(1, 0, short)], *[[(0, last + i, 1), (1, short + i, 1)] for i in range(3)]]
@@ -150,10 +150,10 @@ def test_nan_and_infinity_are_not_lost(seed: int, bad: float, monkeypatch: pytes
         return x
 
     monkeypatch.setattr(Layer, "rows", spoiled)
-    got = Layer((4, 2, 16), 200).run(CPU, [[(0, 0, 200)]])[0]
+    got = Layer((6, 2, 32), 200).run(CPU, [[(0, 0, 200)]])[0]
     assert np.isfinite(got[:150]).all()
-    assert not np.isfinite(got[150:, [3, 19]]).any()
-    assert np.isfinite(got[:, 32:]).all()
+    assert not np.isfinite(got[150:, [3, 35, 67]]).any()
+    assert np.isfinite(got[:, 96:]).all()
 
 
 @pytest.mark.parametrize("registers", [4, 8, 32])

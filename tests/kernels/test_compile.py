@@ -63,7 +63,5 @@ def test_shapes_of_a_kernel_have_names_of_their_own() -> None:
     made += [linear.float_linear(kind) for kind in ("f32", "f16")]
     names = [kernel.function.__qualname__ for kernel in made]
     assert len(set(names)) == len(names)
-    chunks = [
-        attention.chunk(*shape).py_func.__qualname__ for shape in ((1, 1, 16), (2, 1, 16), (1, 2, 16), (1, 1, 32))
-    ]
-    assert len(set(chunks)) == 4
+    chunks = [attention.chunk(*shape).py_func.__qualname__ for shape in ((1, 16), (2, 16), (1, 32))]
+    assert len(set(chunks)) == 3
