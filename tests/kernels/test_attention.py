@@ -117,12 +117,13 @@ def test_prompts_of_several_slots_in_one_step_change_no_bit(window: int) -> None
     assert np.array_equal(layer.run(CPU, ragged), alone)
 
 
-@pytest.mark.parametrize("order", [-1, 3])
-def test_tokens_of_a_step_in_any_order(order: int) -> None:
+def test_tokens_of_a_step_in_any_order_change_no_bit() -> None:
+    """Mostly consecutive, so that blocks are looked for, but for some that changed places."""
     layer = Layer((6, 2, 32), 64)
-    whole = layer.run(CPU, [[(0, 0, 64)]])
-    positions = np.argsort(np.arange(64) * order % 64)
-    assert np.array_equal(layer.run(CPU, [[(0, int(p), 1) for p in positions]]), whole)
+    positions = np.arange(64)
+    positions[[9, 10, 30, 41]] = positions[[10, 9, 41, 30]]
+    shuffled = layer.run(CPU, [[(0, int(p), 1) for p in positions]])
+    assert np.array_equal(shuffled, layer.run(CPU, layer.one_by_one()))
 
 
 def test_a_long_context_dealt_to_tiles_changes_no_bit() -> None:
