@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ondevice.checkpoint.mapped import FileState
 from ondevice.checkpoint.places import Place
 from ondevice.checkpoint.quantization import Tensor
 from ondevice.errors import CheckpointError
@@ -25,6 +26,7 @@ class Checkpoint(ABC):
         path: file or folder.
         format: "gguf", "hub" or "mlx".
         spec: sizes and features.
+        files: that the weights come from, as they were when opened; none where there are no files.
         generation_config: settings for sampling and the ids that end a text, named as in a Hub
             generation_config.json; empty where the checkpoint states none.
     """
@@ -32,6 +34,7 @@ class Checkpoint(ABC):
     path: Path
     format: str
     spec: ModelSpec
+    files: tuple[FileState, ...] = ()
     generation_config: dict[str, Any]
 
     @abstractmethod
@@ -46,6 +49,13 @@ class Checkpoint(ABC):
 
         Raises:
             CheckpointError: no such tensor, or its contents are damaged.
+        """
+
+    def release(self, name: str) -> None:  # noqa: B027 -- what is not mapped from a file cannot be given back
+        """Gives memory of a tensor that was read back to the system. Its contents stay valid, to be read anew.
+
+        Args:
+            name: a key of `spec.tensors()`; others that are stored together with it are released too.
         """
 
     @abstractmethod

@@ -62,6 +62,7 @@ class GgufFile:
         path: file to read.
 
     Attributes:
+        state: of the file when it was opened.
         metadata: key -> int, float, bool, str, list of str, or read-only 1-d array for an array of numbers.
         tensors: name -> TensorInfo, in the file's order.
 
@@ -72,6 +73,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = MappedFile(path)
+        self.state = self._file.state
         reader = _Reader(self._file)
         n_tensors, n_keys = reader.header()
         self.metadata: dict[str, Any] = {}
@@ -92,6 +94,10 @@ class GgufFile:
             return decode(self._file.array(np.uint8, info.offset, info.nbytes), info.type_id, info.shape)
         except ValueError as e:
             raise CheckpointError(self.path, str(e), name) from e
+
+    def release(self, name: str) -> None:
+        """Lets go of a tensor's pages."""
+        self._file.release(self.tensors[name].offset, self.tensors[name].nbytes)
 
     def close(self) -> None:
         """Lets go of the file; arrays that were handed out keep it mapped."""

@@ -35,6 +35,7 @@ class GgufCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = GgufFile(path)
+        self.files = (self.file.state,)
         if "split.count" in self.file.metadata and self.file.metadata["split.count"] != 1:
             raise UnsupportedModelError(
                 path, "a model in several GGUF files is not supported; merge it with llama-gguf-split --merge"
@@ -58,6 +59,9 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(self.path, "the model has no such tensor", name)
         place = self._places[name]
         return undo_interleaving(place.take(self.file.tensor(place.name)), name, self.spec)
+
+    def release(self, name: str) -> None:
+        self.file.release(self._places[name].name)
 
     def stored(self, name: str) -> tuple[str, int]:
         place = self._places[name]

@@ -13,6 +13,7 @@ import numpy as np
 
 from ondevice.checkpoint.base import Checkpoint, check_tensors
 from ondevice.checkpoint.json_file import read_json
+from ondevice.checkpoint.mapped import FileState
 from ondevice.checkpoint.names import hub_layout
 from ondevice.checkpoint.places import places
 from ondevice.checkpoint.quantization import BITS, GROUP_SIZES, Quantized, Tensor
@@ -48,8 +49,10 @@ class HubCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / "config.json")
+        config = FileState.of(path / "config.json")
         self.spec, self.format = read_spec(self.config, path / "config.json")
         self._files = _open_files(path)
+        self.files = (config, *(file.state for file in self._files))
         self._layout = hub_layout(self.config["model_type"])
         self._entries: dict[str, _Stored] = {}
         for file in self._files:
@@ -81,6 +84,13 @@ class HubCheckpoint(Checkpoint):
         module = place.name.removesuffix(".weight")
         scales, biases = self._array(f"{module}.scales"), self._array(f"{module}.biases")
         return place.take(Quantized(self._array(place.name), scales, biases, bits, group_size))
+
+    def release(self, name: str) -> None:
+        module, kind = self._places[name].name.rsplit(".", 1)
+        for part in (kind, "scales", "biases"):
+            stored = self._entries.get(f"{module}.{part}")
+            if stored is not None:
+                stored.file.release(stored.name)
 
     def stored(self, name: str) -> tuple[str, int]:
         place = self._places[name]
@@ -132,6 +142,8 @@ class HubCheckpoint(Checkpoint):
             and np.array_equal(_bits(self._array(a)), _bits(self._array(b)))
             for a, b in present
         ):
+            for name in {name for pair in present for name in pair}:
+                self._entries[name].file.release(self._entries[name].name)
             for a, _ in present:
                 del self._entries[a]
             return spec

@@ -58,6 +58,7 @@ class SafetensorsFile:
         path: file to read.
 
     Attributes:
+        state: of the file when it was opened.
         entries: name -> Entry.
         metadata: the header's free texts.
 
@@ -68,6 +69,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = MappedFile(path)
+        self.state = self._file.state
         size = self._file.size
         length = struct.unpack_from("<Q", self._file.bytes)[0] if size >= 8 else size
         if length > MAX_HEADER or 8 + length > size:
@@ -86,6 +88,10 @@ class SafetensorsFile:
         dtype = DTYPES[entry.dtype]
         array = self._file.array(dtype, entry.offset, entry.nbytes // dtype.itemsize).reshape(entry.shape)
         return array if entry.offset % dtype.itemsize == 0 else array.copy()
+
+    def release(self, name: str) -> None:
+        """Lets go of a tensor's pages."""
+        self._file.release(self.entries[name].offset, self.entries[name].nbytes)
 
     def close(self) -> None:
         """Lets go of the file; arrays that were handed out keep it mapped."""
