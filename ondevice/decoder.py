@@ -230,8 +230,21 @@ class _Packer:
         return self.ops.pack_norm(weight, None, "rms", self.spec.norm_eps, self.spec.norm_offset)
 
     def linear(self, *names: str) -> Handle:
-        weights = [self.get(f"{name}.weight") for name in names]
-        return self.ops.pack_linear(weights, [self.optional(f"{name}.bias") for name in names])
+        def pack() -> Handle:
+            weights = [self.get(f"{name}.weight") for name in names]
+            return self.ops.pack_linear(weights, [self.optional(f"{name}.bias") for name in names])
+
+        return self.kept([f"{name}.weight" for name in names], pack)
+
+    def table(self, name: str, pack: Callable[[Tensor], Handle]) -> Handle:
+        return self.kept([name], lambda: pack(self.get(name)))
+
+    def kept(self, names: list[str], pack: Callable[[], Handle]) -> Handle:
+        shapes = [self.names[name] for name in names]
+        handle = self.ops.kept(names[0], (sum(shape[0] for shape in shapes), *shapes[0][1:]), pack)
+        for name in names:
+            self.checkpoint.release(name)
+        return handle
 
     def layer(self, i: int) -> _Layer:
         p = f"layers.{i}."
@@ -251,11 +264,11 @@ class _Packer:
 
     def fill(self, decoder: Decoder) -> None:
         if self.spec.tied_head:
-            decoder.embed, decoder.head = self.ops.pack_tied(self.get("embed.weight"))
+            decoder.embed, decoder.head = self.table("embed.weight", self.ops.pack_tied)
         else:
-            decoder.embed = self.ops.pack_embedding(self.get("embed.weight"))
+            decoder.embed = self.table("embed.weight", self.ops.pack_embedding)
             decoder.head = self.linear("head")
-        position = self.optional("position.weight")
-        decoder.position = None if position is None else self.ops.pack_embedding(position)
+        learned = "position.weight" in self.names
+        decoder.position = self.table("position.weight", self.ops.pack_embedding) if learned else None
         decoder.layers = [self.layer(i) for i in range(self.spec.n_layers)]
         decoder.final_norm = self.norm("final_norm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -48,6 +49,7 @@ def load(
     *,
     backend: str = "auto",
     threads: int | None = None,
+    tile_cache: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """Loads a model.
@@ -57,6 +59,8 @@ def load(
             a folder of safetensors.
         backend: "auto", "cpu", or "reference" (float64, slow: the judge of the others).
         threads: of the CPU backend; by default one per core that this process may use.
+        tile_cache: whether a backend may keep packed weights in the user's cache folder, and take them from there;
+            ONDEVICE_NO_TILE_CACHE=1 in the environment forbids it too.
         progress: called with (done, of how many, what) while files are fetched, packed and compiled.
 
     Raises:
@@ -66,7 +70,8 @@ def load(
     path = find(str(name), progress)
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.tokenizer()
-        decoder = Decoder(checkpoint, table, progress)
+        with table.keeping(checkpoint, progress) if tile_cache else nullcontext():
+            decoder = Decoder(checkpoint, table, progress)
     table.prepare(decoder.spec, progress and _compiling(progress))
     return Model(str(name), path, decoder, tokenizer)
 

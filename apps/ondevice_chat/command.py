@@ -15,6 +15,7 @@ from ondevice.commands.options import (
     model_argument,
     sampling,
     sampling_options,
+    tile_cache_option,
 )
 from ondevice.commands.progress import reporting
 from ondevice.commands.terminal import read_stdin, write
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--system", help="A system message.")
 @context_option
 @engine_options
+@tile_cache_option
 def chat(
     model: str,
     prompt: str | None,
@@ -37,6 +39,7 @@ def chat(
     context: int | None,
     backend: str,
     threads: int | None,
+    no_tile_cache: bool,
     **options: Any,
 ) -> None:
     """Talk with a model. /help lists the chat's own commands.
@@ -59,7 +62,7 @@ def chat(
         fields["temperature"] = 0.2 if prompt is None else 0.0
     params = SamplingParams(**fields)
     with reporting() as progress:
-        loaded = load(model, backend=backend, threads=threads, progress=progress)
+        loaded = load(model, backend=backend, threads=threads, tile_cache=not no_tile_cache, progress=progress)
     if prompt is not None:
         stream(loaded, prompt, {"system": system, "context": context, **fields})
         return

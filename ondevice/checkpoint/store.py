@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ondevice.checkpoint.progress import Progress, folder_size
 from ondevice.defaults import DEFAULT_MODEL
+from ondevice.environment import switched_on
 from ondevice.errors import CheckpointError, ModelNotFoundError, OndeviceError, OptionError
 
 OFFLINE = ("ONDEVICE_OFFLINE", "HF_HUB_OFFLINE")
@@ -86,7 +87,7 @@ def root() -> Path:
 
 def offline() -> bool:
     """Whether the environment forbids fetching anything."""
-    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in OFFLINE)
+    return switched_on(*OFFLINE)
 
 
 def resolve(name: str) -> Path:

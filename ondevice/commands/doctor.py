@@ -57,6 +57,7 @@ def examine() -> dict[str, Any]:
         "kernels": _kernels(),
         "backends": _backends(),
         "store": _store(),
+        "tile_cache": _tile_cache(),
         "versions": _versions(),
     }
 
@@ -108,6 +109,13 @@ def _store() -> dict[str, Any]:
     return {"folder": str(store.root()), "models": len(entries), "bytes": sum(entry.size for entry in entries)}
 
 
+def _tile_cache() -> dict[str, Any]:
+    from ondevice.checkpoint import tile_files
+
+    files, nbytes = tile_files.all_bytes()
+    return {"folder": str(tile_files.folder()), "files": files, "bytes": nbytes, "off": tile_files.switched_off()}
+
+
 def _versions() -> dict[str, str]:
     found = {"ondevice": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
@@ -119,7 +127,7 @@ def _versions() -> dict[str, str]:
 
 
 def _for_people(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    m, kernels, store = report["machine"], report["kernels"], report["store"]
+    m, kernels, store, tiles = (report[key] for key in ("machine", "kernels", "store", "tile_cache"))
     free = m["memory_available_bytes"]
     bandwidth = (
         f"{m['read_gbs_one_thread']} GB/s read by one thread, {m['read_gbs_all_threads']} GB/s by {m['threads']}"
@@ -139,5 +147,9 @@ def _for_people(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         },
         "Backends": report["backends"],
         "Store": {"folder": store["folder"], "models": f"{store['models']}, {size(store['bytes'])}"},
+        "Packed weights": {
+            "folder": tiles["folder"] + (" (switched off)" if tiles["off"] else ""),
+            "files": f"{tiles['files']}, {size(tiles['bytes'])}",
+        },
         "Versions": report["versions"],
     }

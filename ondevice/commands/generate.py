@@ -16,6 +16,7 @@ from ondevice.commands.options import (
     model_argument,
     sampling,
     sampling_options,
+    tile_cache_option,
 )
 from ondevice.commands.progress import reporting
 from ondevice.commands.terminal import read_stdin, write
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--system", help="A system message.")
 @context_option
 @engine_options
+@tile_cache_option
 @json_option
 def generate(
     model: str,
@@ -44,6 +46,7 @@ def generate(
     context: int | None,
     backend: str,
     threads: int | None,
+    no_tile_cache: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -62,7 +65,7 @@ def generate(
     fields = {**sampling(options), "logprobs": logprobs}
     SamplingParams(**fields)  # a bad value must not wait for the model to load
     with reporting() as progress:
-        loaded = load(model, backend=backend, threads=threads, progress=progress)
+        loaded = load(model, backend=backend, threads=threads, tile_cache=not no_tile_cache, progress=progress)
     settings = {"raw": raw, "system": system, "context": context, **fields}
     if as_json or len(texts) > 1:
         answers = cast("list[Answer]", loaded.generate(texts, **settings))

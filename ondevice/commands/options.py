@@ -52,6 +52,12 @@ def engine_options(f: F) -> F:
     return backend(threads(f))
 
 
+def tile_cache_option(f: F) -> F:
+    """--no-tile-cache."""
+    help = "Neither read nor keep packed weights in the user's cache folder.  [ONDEVICE_NO_TILE_CACHE=1]"
+    return click.option("--no-tile-cache", is_flag=True, help=help)(f)
+
+
 def json_option(f: F) -> F:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(f)

@@ -33,18 +33,21 @@ def pull(model: str) -> None:
 @json_option
 def ls(as_json: bool) -> None:
     """List the models in the store."""
-    from ondevice.checkpoint import store
+    from ondevice.checkpoint import store, tile_files
 
     entries = store.ls()
+    cached = [tile_files.cached_bytes(entry.path) for entry in entries]
     if as_json:
-        click.echo(json.dumps([{**asdict(entry), "path": str(entry.path)} for entry in entries], indent=1))
+        told = [{**asdict(entry), "path": str(entry.path), "cached": kept} for entry, kept in zip(entries, cached)]
+        click.echo(json.dumps(told, indent=1))
         return
     if not entries:
         click.echo(f"No models in {store.root()}; `ondevice pull {DEFAULT_MODEL}` fetches one.", err=True)
     width = max((len(entry.name) for entry in entries), default=0)
-    for entry in entries:
+    for entry, kept in zip(entries, cached):
         day = time.strftime("%Y-%m-%d", time.localtime(entry.modified))
-        click.echo(f"{entry.name:<{width}}  {size(entry.size):>7}  {entry.format:<4}  {day}")
+        also = f"  {size(kept):>7} cached" if kept else ""
+        click.echo(f"{entry.name:<{width}}  {size(entry.size):>7}  {entry.format:<4}  {day}{also}")
 
 
 @click.command()
@@ -72,14 +75,21 @@ def _for_people(about: dict[str, Any]) -> dict[str, str]:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--cache", is_flag=True, help="Delete the packed weights of all models, and no model.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-def rm(model: str, yes: bool) -> None:
-    """Delete a model from the store. Files elsewhere are never touched."""
-    from ondevice.checkpoint import store
+def rm(model: str | None, cache: bool, yes: bool) -> None:
+    """Delete a model, and what is kept of it for quick starts, from the store. Files elsewhere are never touched."""
+    if (model is None) != cache:
+        raise click.UsageError("Give either the name of a model or --cache.")
+    from ondevice.checkpoint import store, tile_files
 
+    if model is None:
+        click.echo(f"deleted {size(tile_files.clear())} of packed weights", err=True)
+        return
     entry = next((entry for entry in store.ls() if entry.name == model), None)
     if entry is not None and not yes:
         click.confirm(f"Delete {model} ({size(entry.size)})?", abort=True, err=True)
+    freed = tile_files.remove(entry.path) if entry is not None else 0
     store.remove(model)
-    click.echo(f"deleted {model}", err=True)
+    click.echo(f"deleted {model}" + (f" and {size(freed)} of packed weights" if freed else ""), err=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from ondevice.checkpoint.quantization import Tensor
 
 if TYPE_CHECKING:
+    from ondevice.checkpoint.base import Checkpoint
     from ondevice.generation.kv_cache import KVCache
     from ondevice.spec import ModelSpec
 
@@ -69,6 +71,22 @@ class Ops(ABC):
     def pack_tied(self, table: Tensor) -> tuple[Handle, Handle]:
         """(embedding, head) of one table [vocab, d] that serves as both."""
         return self.pack_embedding(table), self.pack_linear([table], [None])
+
+    def keeping(
+        self, checkpoint: Checkpoint, progress: Callable[[int, int, str], None] | None = None
+    ) -> AbstractContextManager[None]:
+        """Surrounds the packing of a checkpoint, for tables that keep what they made of it for later processes."""
+        return nullcontext()
+
+    def kept(self, name: str, shape: tuple[int, ...], pack: Callable[[], Handle]) -> Handle:
+        """What `pack` makes, or the same from an earlier process, for tables that have it.
+
+        Args:
+            name: of the weights in their checkpoint.
+            shape: [rows, inputs] of all of them joined.
+            pack: reads tensors and gives them to one of `pack_linear`, `pack_embedding` and `pack_tied`.
+        """
+        return pack()
 
     @abstractmethod
     def pack_norm(self, weight: Tensor, bias: Tensor | None, kind: str, eps: float, offset: float) -> Handle:

@@ -21,14 +21,18 @@ from cpu_kernels.gemm import scratch_bytes as gemm_scratch
 from cpu_kernels.gemv import gemv
 from cpu_kernels.threads import shared_pool
 from cpu_kernels.tiles import Layout
+from ondevice.checkpoint import tile_files
 from ondevice.checkpoint.quantization import Tensor, dequantize
 from ondevice.machine import default_threads
-from ondevice.ops.base import Body, Ops, Step
+from ondevice.ops.base import Body, Handle, Ops, Step
+from ondevice.ops.cpu_memory import WeightMemory
 from ondevice.ops.cpu_profile import PartTime, add_times
 from ondevice.ops.cpu_program import Block, Program, Weights, aligned
+from ondevice.ops.cpu_tile_cache import TileCache
 from ondevice.ops.cpu_weights import FLOAT_CODES, Format, Tiles, pack_rows
 
 if TYPE_CHECKING:
+    from ondevice.checkpoint.base import Checkpoint
     from ondevice.generation.kv_cache import KVCache
     from ondevice.spec import ModelSpec
 
@@ -150,6 +154,8 @@ class CpuOps(Ops):
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads or default_threads()
         self.pool = shared_pool(self.threads)
+        self._memory = WeightMemory()
+        self._tiles: TileCache | None = None
         self._kernels: dict[Kernel, None] = {}
         self._programs: weakref.WeakKeyDictionary[KVCache, dict[Any, Program]] = weakref.WeakKeyDictionary()
         self._recording: Program | None = None
@@ -160,22 +166,48 @@ class CpuOps(Ops):
     # Weights
 
     def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tiles]:
-        made = pack_rows(self.pool, weights, biases)
-        for tiles in made:
+        return self._handle("linear", pack_rows(self.pool, self._memory, weights, biases))
+
+    def pack_embedding(self, table: Tensor) -> Tiles:
+        return self._handle("embedding", pack_rows(self.pool, self._memory, [table], [None]))
+
+    def pack_tied(self, table: Tensor) -> tuple[Tiles, list[Tiles]]:
+        return self._handle("tied", pack_rows(self.pool, self._memory, [table], [None]))
+
+    def _handle(self, use: str, runs: Sequence[Tiles]) -> Any:
+        """What the decoder gets for tiles that serve as "linear", as "embedding", or as both ("tied")."""
+        for tiles in runs if use != "embedding" else ():
             layout = tiles.format.layout
             needed = (gemv(layout), gemm(layout)) if layout else (float_linear(tiles.format.kind),)
             self._kernels.update(dict.fromkeys(needed))
-        return made
+        if use != "linear":
+            self._kernels[_embed_kernel(runs[0].format)] = None
+        return {"linear": runs, "embedding": runs[0], "tied": (runs[0], runs)}[use]
 
-    def pack_embedding(self, table: Tensor) -> Tiles:
-        tiles = pack_rows(self.pool, [table], [None])[0]
-        self._kernels[_embed_kernel(tiles.format)] = None
-        return tiles
+    @contextlib.contextmanager
+    def keeping(
+        self, checkpoint: Checkpoint, progress: Callable[[int, int, str], None] | None = None
+    ) -> Iterator[None]:
+        if not checkpoint.files or tile_files.switched_off():
+            yield
+            return
+        self._tiles = TileCache(checkpoint, self._memory)
+        try:
+            yield
+            self._tiles.write(progress)
+        finally:
+            self._tiles.close()
+            self._tiles = None
 
-    def pack_tied(self, table: Tensor) -> tuple[Tiles, list[Tiles]]:
-        head = self.pack_linear([table], [None])
-        self._kernels[_embed_kernel(head[0].format)] = None
-        return head[0], head
+    def kept(self, name: str, shape: tuple[int, ...], pack: Callable[[], Handle]) -> Handle:
+        if self._tiles is None:
+            return pack()
+        found = self._tiles.recall(name, shape)
+        if found is not None:
+            return self._handle(*found)
+        handle = pack()
+        self._tiles.remember(name, *_tiles_of(handle))
+        return handle
 
     def pack_norm(self, weight: Tensor, bias: Tensor | None, kind: str, eps: float, offset: float) -> _Norm:
         values = _padded(dequantize(weight) + np.float32(offset))
@@ -495,6 +527,13 @@ def _zeros(nbytes: int) -> NDArray[np.uint8]:
     raw = np.zeros(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + nbytes]
+
+
+def _tiles_of(handle: Handle) -> tuple[str, Sequence[Tiles]]:
+    """Use and tiles of a handle that one of the `pack_` methods gave."""
+    if isinstance(handle, Tiles):
+        return "embedding", [handle]
+    return ("tied", handle[1]) if isinstance(handle, tuple) else ("linear", handle)
 
 
 def _padded(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -14,7 +14,8 @@ from cpu_kernels import pack
 from cpu_kernels.threads import ThreadPool
 from cpu_kernels.tiles import Layout
 from ondevice.checkpoint.quantization import SUPER_BLOCK, Quantized, Tensor, dequantize
-from ondevice.ops.cpu_program import Program, aligned
+from ondevice.ops.cpu_memory import WeightMemory
+from ondevice.ops.cpu_program import Program
 
 FLOAT_KINDS = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", np.dtype(ml_dtypes.bfloat16): "bf16"}
 FLOAT_CODES = {"f32": 0, "f16": 1, "bf16": 2}
@@ -78,7 +79,9 @@ def format_of(tensor: Tensor) -> Format:
     return Format(inputs, Layout(tensor.bits, tensor.group_size, "f16" if half else "f32", symmetric))
 
 
-def pack_rows(pool: ThreadPool, tensors: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tiles]:
+def pack_rows(
+    pool: ThreadPool, memory: WeightMemory, tensors: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tiles]:
     """Joins linears along their outputs into as few runs of tiles as their formats allow.
 
     A run ends where the format changes or where rows do not fill their last tile.
@@ -90,12 +93,14 @@ def pack_rows(pool: ThreadPool, tensors: Sequence[Tensor], biases: Sequence[Tens
             runs[-1][1].append(i)
         else:
             runs.append((form, [i]))
-    return [_pack_run(pool, f, [tensors[i] for i in run], [biases[i] for i in run]) for f, run in runs]
+    return [_pack_run(pool, memory, f, [tensors[i] for i in run], [biases[i] for i in run]) for f, run in runs]
 
 
-def _pack_run(pool: ThreadPool, form: Format, tensors: list[Tensor], biases: list[Tensor | None]) -> Tiles:
+def _pack_run(
+    pool: ThreadPool, memory: WeightMemory, form: Format, tensors: list[Tensor], biases: list[Tensor | None]
+) -> Tiles:
     rows = sum(t.shape[0] for t in tensors)
-    data = aligned(-(-rows // 16) * form.tile_bytes)
+    data = memory.take(-(-rows // 16) * form.tile_bytes)
     start = 0
     for tensor in tensors:
         _pack_tensor(pool, form, tensor, data.ctypes.data + start // 16 * form.tile_bytes)

@@ -69,8 +69,10 @@ def load_decoder(
         profile_table(ops)
     with _open(source, progress) as checkpoint:
         check(cases, checkpoint.spec, source.name)
-        # Random weights have the two things that a decoder reads of a checkpoint.
-        decoder = Decoder(cast("Checkpoint", checkpoint), ops, progress)
+        # Random weights have all that a decoder asks of a checkpoint.
+        weights = cast("Checkpoint", checkpoint)
+        with ops.keeping(weights, progress):
+            decoder = Decoder(weights, ops, progress)
     ops.prepare(decoder.spec, progress and _compiling(progress))
     return decoder
 

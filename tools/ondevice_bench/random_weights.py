@@ -16,7 +16,7 @@ FLOAT_BITS = 16
 
 
 class RandomWeights:
-    """What the decoder reads of a checkpoint: `spec` and `tensor`.
+    """What the decoder asks of a checkpoint: `spec`, `files`, `tensor` and `release`.
 
     Matrices, embedding and head included, have codes that are random bits under equal scales without biases, as GGUF's
     Q4_0 and Q8_0 have; with 16 bits they are float16. Scales keep the variance of what passes through, so logits are
@@ -30,6 +30,8 @@ class RandomWeights:
     Raises:
         OptionError: bits or group size that there are none of or that do not fit the shape, or too little memory.
     """
+
+    files = ()
 
     def __init__(self, spec: ModelSpec, bits: int = 4, group_size: int = 32) -> None:
         self.spec, self.bits, self.group_size = spec, bits, group_size
@@ -52,6 +54,9 @@ class RandomWeights:
         scale = math.sqrt(12 / inputs) / 2**self.bits
         scales = np.full((rows, inputs // self.group_size), scale, np.float16)
         return Quantized(packed, scales, None, self.bits, self.group_size)
+
+    def release(self, name: str) -> None:
+        """Nothing is mapped."""
 
     def _check_format(self) -> None:
         if self.bits not in (*BITS, FLOAT_BITS):

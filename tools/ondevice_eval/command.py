@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ondevice.commands.options import engine_options, json_option, model_argument
+from ondevice.commands.options import engine_options, json_option, model_argument, tile_cache_option
 from ondevice.commands.progress import reporting
 from ondevice.defaults import BACKENDS
 from ondevice.errors import OndeviceError, OptionError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--against-backend", type=click.Choice(BACKENDS), help="Compare with this backend.")
 @click.option("--by-token", is_flag=True, help="Compute token by token, as generation does; slower.")
 @engine_options
+@tile_cache_option
 @json_option
 def evaluate(
     model: str,
@@ -39,6 +40,7 @@ def evaluate(
     by_token: bool,
     backend: str,
     threads: int | None,
+    no_tile_cache: bool,
     as_json: bool,
 ) -> None:
     """Measure a model's perplexity on a text, in windows that do not overlap.
@@ -51,10 +53,11 @@ def evaluate(
 
     content = _read(text)
     with reporting() as progress:
-        loaded = load(model, backend=backend, threads=threads, progress=progress)
+        common: dict[str, Any] = {"threads": threads, "tile_cache": not no_tile_cache, "progress": progress}
+        loaded = load(model, backend=backend, **common)
         other = None
         if against is not None or against_backend is not None:
-            other = load(against or model, backend=against_backend or backend, threads=threads, progress=progress)
+            other = load(against or model, backend=against_backend or backend, **common)
             _same_vocabulary(loaded, other)
         ids = loaded.tokenizer.encode(content, add_special=False)[:tokens]
         decoder = None if other is None else other.decoder
