@@ -40,6 +40,14 @@ def write_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_tile_cache():
+    """Keeps tests, and the processes that they start, out of the user's own cache of packed weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONDEVICE_NO_TILE_CACHE", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory):
     """Folder of a random llama with a tokenizer and a chat template; context 128."""

@@ -70,7 +70,7 @@ def cpu_cache(cache: KVCache, spec: ModelSpec, length: int) -> tuple[NDArray[np.
 
 def make_decoder(spec: ModelSpec, tensors: Mapping[str, Tensor], ops: Ops | None = None) -> Decoder:
     """A decoder of tensors in memory; on the reference table if no other is given."""
-    checkpoint: Any = SimpleNamespace(spec=spec, tensor=tensors.__getitem__)
+    checkpoint: Any = SimpleNamespace(spec=spec, tensor=tensors.__getitem__, release=lambda _: None)
     return Decoder(checkpoint, ops or ReferenceOps())
 
 
