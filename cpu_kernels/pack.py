@@ -5,7 +5,18 @@ from __future__ import annotations
 import numba
 
 from cpu_kernels.compile import kernel, unpack
-from cpu_kernels.simd import bf16_at, f16_at, f32_at, i8_at, i32_at, set_f32, set_i32, set_u8, u8_at
+from cpu_kernels.simd import (
+    bf16_at,
+    f16_at,
+    f32_at,
+    i8_at,
+    i32_at,
+    set_f32,
+    set_i32,
+    set_u8,
+    store_folded_nibbles,
+    u8_at,
+)
 
 
 @numba.njit(error_model="numpy")
@@ -22,6 +33,17 @@ def _code(row, bits, i):
 @numba.njit(error_model="numpy")
 def _write_codes(at, source, row_bytes, valid, bits, start):
     """Codes of 32 inputs of 16 rows, as `linear` describes them."""
+    if bits in (4, 8):
+        for lane in range(16):
+            here = source + lane * row_bytes + start * bits // 8
+            for quad in range(bits):
+                if lane >= valid:
+                    set_i32(at + quad * 64 + lane * 4, 0)
+                elif bits == 8:
+                    set_i32(at + quad * 64 + lane * 4, i32_at(here + 4 * quad))
+            if bits == 4 and lane < valid:
+                store_folded_nibbles(at + lane * 4, 64, here)
+        return
     for lane in range(16):
         row = source + lane * row_bytes
         for quad in range(bits):
@@ -29,14 +51,11 @@ def _write_codes(at, source, row_bytes, valid, bits, start):
         for k in range(32 if lane < valid else 0):
             code = _code(row, bits, start + k)
             quad, byte = k // 4, lane * 4 + k % 4
-            if bits == 8:
-                set_u8(at + quad * 64 + byte, code)
+            _or_u8(at + quad % 4 * 64 + byte, (code & 15) << (quad // 4 * 4))
+            if bits == 5:
+                _or_u8(at + 256 + byte, code >> 4 << quad)
             else:
-                _or_u8(at + quad % 4 * 64 + byte, (code & 15) << (quad // 4 * 4))
-                if bits == 5:
-                    _or_u8(at + 256 + byte, code >> 4 << quad)
-                elif bits == 6:
-                    _or_u8(at + 256 + quad // 4 * 64 + byte, code >> 4 << quad % 4 * 2)
+                _or_u8(at + 256 + quad // 4 * 64 + byte, code >> 4 << quad % 4 * 2)
 
 
 @numba.njit(error_model="numpy")
@@ -62,8 +81,12 @@ def _read_code(at, lane, bits, k):
 def _copy_column(out, source, column, columns, valid, size):
     """One number of `size` bytes of each of 16 rows."""
     for lane in range(16):
-        for i in range(size):
-            set_u8(out + lane * size + i, u8_at(source + (lane * columns + column) * size + i) if lane < valid else 0)
+        here = source + (lane * columns + column) * size
+        if size == 4:
+            set_i32(out + lane * 4, i32_at(here) if lane < valid else 0)
+        else:
+            for i in range(size):
+                set_u8(out + lane * size + i, u8_at(here + i) if lane < valid else 0)
 
 
 @kernel("pack quantized")

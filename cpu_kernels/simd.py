@@ -273,6 +273,22 @@ def store_quads(b, a, stride, v):
         b.store(b.extract_element(quads, I32(i)), pointer(b, at, I32), align=1)
 
 
+@op(VOID(A, A, A))
+def store_folded_nibbles(b, a, stride, source):
+    """Of 32 codes of 4 bits in order, byte i gets code i in its low and 16 + i in its high half; 4 quads as above."""
+    eight = ir.VectorType(I8, 8)
+    order = ir.Constant(ir.VectorType(I32, 16), [i // 2 + i % 2 * 8 for i in range(16)])
+    halves = []
+    for at in (source, offset(b, source, 8)):
+        packed = b.load(pointer(b, at, eight), align=1)
+        low = b.and_(packed, ir.Constant(eight, [15] * 8))
+        halves.append(b.shuffle_vector(low, b.lshr(packed, ir.Constant(eight, [4] * 8)), order))
+    high = b.shl(halves[1], ir.Constant(ir.VectorType(I8, 16), [4] * 16))
+    quads = b.bitcast(b.or_(halves[0], high), ir.VectorType(I32, 4))
+    for i in range(4):
+        b.store(b.extract_element(quads, I32(i)), pointer(b, b.add(a, b.mul(stride, I64(i))), I32), align=1)
+
+
 @op(F(A))
 def splat_f32_at(b, a):
     return splat(b, b.load(pointer(b, a, SINGLE), align=4))
