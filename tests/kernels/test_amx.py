@@ -71,17 +71,23 @@ def product(w: Quantized, x: np.ndarray) -> np.ndarray:
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, layout: Layout, out: int, inputs: int, counts: range) -> None:
-    """Asserts that emulated tiles give the bits that vectors give, for batches of so many tokens."""
+    """Asserts that tiles give the bits that vectors give, for batches of so many tokens. Emulated ones, and real ones
+    where there are any.
+    """
     w = weight(layout, out, inputs)
     assert format_of(w).layout == layout
     x = np.random.RandomState(0).standard_normal((max(counts), inputs)).astype(np.float32)
     x[::3, 5] *= 50
-    expected = [product(w, x[:n]) for n in counts]
-    with monkeypatch.context() as patch:
-        patch.setattr(amx, "tiles", lambda: EMULATED)
-        assert codes.panel_widths() == (16, 8, 4)
-        for n, bits in zip(counts, expected):
-            assert np.array_equal(product(w, x[:n]), bits), f"{n} tokens"
+    real, results = amx.tiles(), {}
+    for tiles in dict.fromkeys((None, EMULATED, real)):
+        with monkeypatch.context() as patch:
+            patch.setattr(amx, "tiles", lambda tiles=tiles: tiles)
+            assert (codes.panel_widths()[0] == codes.TILE) == (tiles is not None)
+            results[tiles] = [product(w, x[:n]) for n in counts]
+    expected = results.pop(None)
+    for tiles, made in results.items():
+        for n, got, bits in zip(counts, made, expected):
+            assert np.array_equal(got, bits), f"{tiles.name}, {n} tokens"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.label)
@@ -133,10 +139,13 @@ def test_machine_code_has_the_tile_instructions(layout: Layout) -> None:
     llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3)).getModulePassManager().run(
         parsed, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3))
     )
-    found = [line.split()[0] for line in machine.emit_assembly(parsed).splitlines() if line.startswith("\t")]
+    lines = machine.emit_assembly(parsed).splitlines()
+    found = [line.split()[0] for line in lines if line.startswith("\t")]
     # The first product, two in the loop.
     assert found.count("tdpbsud") == found.count("tilestored") == 3 * layout.parts
     assert found.count("tileloadd") == 2 * found.count("tdpbsud")
+    # Operands in reverse: unsigned rows, signed tokens, sums.
+    assert f"\ttdpbsud\t%tmm{ROWS}, %tmm{TOKENS}, %tmm{SUMS}" in lines
     first, last = found.index("ldtilecfg"), found.index("tilerelease")
     tile_ops = [i for i, name in enumerate(found) if name.startswith(("tdp", "tilestore", "tileload", "tilezero"))]
     assert first < min(tile_ops)
