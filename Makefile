@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 export ONDEVICE_MAKE_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: chat test lint
+.PHONY: chat test test-arm64 lint
 
 chat: $(VENV)/.installed
 	@if [ -n "$$ONDEVICE_MAKE_PROMPT" ]; then $(BIN)/ondevice chat -p "$$ONDEVICE_MAKE_PROMPT"; \
@@ -22,6 +22,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The kernels on 64-bit Arm, under qemu on x86-64. Says why if it cannot.
+test-arm64: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m arm64 -rs tests/arm64
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -26,11 +26,11 @@ import numba
 import numpy as np
 
 from cpu_kernels import amx
+from cpu_kernels.integer_dots import instruction_set
 from cpu_kernels.simd import (
     absolute,
     f32_at,
     fma,
-    instruction_set,
     largest,
     load_f32,
     maximum,

@@ -11,6 +11,7 @@ from numba.extending import intrinsic
 from cpu_kernels import simd
 from cpu_kernels.compile import Kernel, kernel, unpack
 from cpu_kernels.finish import finish
+from cpu_kernels.integer_dots import instruction_set
 from cpu_kernels.simd import I64, load_f32, offset
 from cpu_kernels.tiles import PREFETCH
 
@@ -21,7 +22,7 @@ LOADS = {"f32": (simd.load_f32, 4), "f16": (simd.load_f16, 2), "bf16": (simd.loa
 
 def block_tokens() -> int:
     """Tokens that share one reading of the weights: as many as there are registers for."""
-    return 6 if simd.instruction_set() == "vnni512" else 2
+    return 6 if instruction_set() == "vnni512" else 2
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from cpu_kernels.codes import FINE_GROUP, HALF_SUM, PLANE, SCALE, SUM, TILE, fin
 from cpu_kernels.compile import Kernel, kernel, named, unpack
 from cpu_kernels.finish import finish
 from cpu_kernels.gemm_amx import tile_product, tile_state
+from cpu_kernels.integer_dots import instruction_set, integer_dots
 from cpu_kernels.simd import I64, add, load_f32, offset, store_f32, zeros
 from cpu_kernels.tiles import Layout, dots, gained, starting
 from cpu_kernels.unpacked import gain, group_bytes, start_of_token, unpack_tile
@@ -31,6 +32,7 @@ def scratch_bytes(layout: Layout, inputs: int) -> int:
 @functools.cache
 def _panel_product(layout: Layout, width: int):
     """Intrinsic: an unpacked tile times a panel; stores 16 sums for each of its tokens, without their fine parts."""
+    multiply = _vector_by_vector if instruction_set() == "vnni512" else _token_by_token
 
     @intrinsic
     def panel_product(context, out, unpacked, panel, inputs):
@@ -45,15 +47,8 @@ def _panel_product(layout: Layout, width: int):
                 quads = b.add(panel, b.mul(loop.index, I64(32 * width)))
                 number = b.add(numbers, b.mul(loop.index, I64(4 * width)))
                 starts = [start_of_token(b, layout, number, block, t) for t in range(width)]
-                sums = [list(s) for s in starts]
-                # Vector by vector, so that each is loaded once and the tokens' sums need not wait for each other.
-                for j in range(8):
-                    code = simd.load_bytes.build(b, offset(b, at, 64 * j))
-                    part = j * layout.parts // 8
-                    for t in range(width):
-                        quad = simd.splat_quad.build(b, offset(b, quads, 4 * (width * j + t)))
-                        sums[t][part] = simd.dot_u8_s8.build(b, sums[t][part], code, quad)
-                gain(b, layout, at, number, block, totals, lambda t, sums=sums: sums[t])
+                sums = multiply(b, layout, at, quads, starts)
+                gain(b, layout, at, number, block, totals, sums)
             for t in range(width):
                 simd.store_f32.build(b, offset(b, out, 64 * t), b.load(totals[t]))
             return ctx.get_dummy_value()
@@ -61,6 +56,24 @@ def _panel_product(layout: Layout, width: int):
         return types.void(*[types.int64] * 4), codegen
 
     return panel_product
+
+
+def _token_by_token(b, layout, unpacked, quads, starts):
+    """Integer products of 32 inputs of each token, one after the other: for CPUs with few registers."""
+    codes = [simd.load_bytes.build(b, offset(b, unpacked, 64 * j)) for j in range(8)]
+    width = len(starts)
+    return [dots(b, layout, codes, offset(b, quads, 4 * t), 4 * width, starts[t]) for t in range(width)]
+
+
+def _vector_by_vector(b, layout, unpacked, quads, starts):
+    """The same, each vector of codes read once for all tokens, whose sums need not wait for each other."""
+    sums, width = [list(s) for s in starts], len(starts)
+    for j in range(8):
+        code, part = simd.load_bytes.build(b, offset(b, unpacked, 64 * j)), j * layout.parts // 8
+        for t in range(width):
+            quad = simd.splat_quad.build(b, offset(b, quads, 4 * (width * j + t)))
+            sums[t][part] = integer_dots(b, sums[t][part], [code], [quad], layout.bits)
+    return sums
 
 
 @functools.cache

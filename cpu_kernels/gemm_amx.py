@@ -72,7 +72,7 @@ def build_product(b, layout, tiles, out, unpacked, panel, inputs):
             loaded = (b.load(simd.pointer(b, offset(b, sums, at), simd.I.llvm), align=64) for at in places)
             return [b.add(start, integers) for start, integers in zip(starts, loaded)]
 
-        gain(b, layout, rows, number, block, totals, of_token)
+        gain(b, layout, rows, number, block, totals, (of_token(token) for token in range(TILE)))
 
     last = b.sub(groups, I64(1))
     multiply(I64(0), 0)

@@ -1,8 +1,8 @@
 """Vectors of 16 lanes as Numba types, and operations on them by meaning.
 
-LLVM turns the generic ones into whatever the host has; only integer dot products differ per instruction set. Addresses
-are int64. `op` makes a function over an LLVM IR builder callable from Numba code; `.build` stays for kernels that write
-their own unrolled IR.
+LLVM turns the generic ones into whatever the host has; only integer dot products differ per instruction set
+(`integer_dots`). Addresses are int64. `op` makes a function over an LLVM IR builder callable from Numba code; `.build`
+stays for kernels that write their own unrolled IR.
 """
 
 from __future__ import annotations
@@ -61,22 +61,20 @@ def op(signature):
     return wrap
 
 
+def is_arm(codegen) -> bool:
+    """Whether Numba compiles for 64-bit Arm."""
+    return codegen._llvm_module.triple.startswith(("aarch64", "arm64"))
+
+
 @functools.cache
 def features() -> frozenset[str]:
     """Names of the CPU features that Numba compiles for: not what the machine has, if NUMBA_CPU_* says otherwise."""
     codegen = cpu_target.target_context.codegen()
     named = {f[1:] for f in codegen._tm_features.split(",") if f.startswith("+")}
-    if codegen._llvm_module.triple.startswith(("aarch64", "arm64")):
+    if is_arm(codegen):
         # Part of every 64-bit Arm, and therefore not listed.
         named |= {"fma", "f16c"}
     return frozenset(named)
-
-
-def instruction_set() -> str:
-    """The dot-product instructions that Numba compiles for: "vnni512", "avx2" or "generic"."""
-    if {"avx512vnni", "avx512f"} <= features():
-        return "vnni512"
-    return "avx2" if "avx2" in features() else "generic"
 
 
 # Builder helpers
@@ -226,6 +224,14 @@ def store_f16(b, a, v):
     b.store(_narrow(b, v), pointer(b, a, ir.VectorType(I16, LANES)), align=2)
 
 
+@op(VOID(A, F))
+def spread_f16(b, a, v):
+    """Stores 16 lanes as float16, 32 bytes apart."""
+    halves = _narrow(b, v)
+    for i in range(LANES):
+        b.store(b.extract_element(halves, I32(i)), pointer(b, offset(b, a, 32 * i), I16), align=2)
+
+
 @op(F(A))
 def load_bf16(b, a):
     raw = b.load(pointer(b, a, ir.VectorType(I16, LANES)), align=2)
@@ -291,8 +297,8 @@ def prefetch(b, a):
 
 
 @op(VOID(A))
-def prefetch_later(b, a):
-    """Fetches a cache line into the second-level cache."""
+def prefetch_l2(b, a):
+    """Fetches a cache line that will be read later to the second level, which waits for more lines at once."""
     target = b.inttoptr(a, I8.as_pointer())
     call(b, "llvm.prefetch.p0", ir.VoidType(), [target, I32(0), I32(2), I32(1)])
 
@@ -418,7 +424,7 @@ def exp(b, x):
     return b.bitcast(b.add(b.bitcast(p, I.llvm), power), F.llvm)
 
 
-# Integer dot products: lane i of acc gains the sum of the 4 products of its bytes
+# Bytes
 
 
 @op(B(B))
@@ -429,47 +435,6 @@ def low_nibbles(b, v):
 @op(B(B))
 def high_nibbles(b, v):
     return b.lshr(v, ir.Constant(B.llvm, [4] * 64))
-
-
-def _dot_generic(b, acc, u, s):
-    """Any CPU: byte by byte in 32-bit lanes."""
-    u, s = b.bitcast(u, I.llvm), b.bitcast(s, I.llvm)
-    for k in range(4):
-        byte = b.and_(b.lshr(u, ints(8 * k)), ints(255))
-        signed = b.ashr(b.shl(s, ints(24 - 8 * k)), ints(24))
-        acc = b.add(acc, b.mul(byte, signed))
-    return acc
-
-
-def _dot_avx2(b, acc, u, s):
-    """AVX2 through 16-bit products: `pmaddubsw` saturates for bytes above 127, so even and odd bytes go apart."""
-    wide, half = ir.VectorType(I16, 32), ir.VectorType(I16, 16)
-    u, s = b.bitcast(u, wide), b.bitcast(s, wide)
-    eight, mask = ir.Constant(wide, [8] * 32), ir.Constant(wide, [255] * 32)
-    pairs = [
-        (b.and_(u, mask), b.ashr(b.shl(s, eight), eight)),
-        (b.lshr(u, eight), b.ashr(s, eight)),
-    ]
-    for x, y in pairs:
-        parts = []
-        for part in range(2):
-            index = ir.Constant(ir.VectorType(I32, 16), [16 * part + i for i in range(16)])
-            xs, ys = b.shuffle_vector(x, x, index), b.shuffle_vector(y, y, index)
-            xs, ys = b.bitcast(xs, half), b.bitcast(ys, half)
-            parts.append(call(b, "llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), [xs, ys]))
-        both = ir.Constant(ir.VectorType(I32, 16), list(range(16)))
-        acc = b.add(acc, b.shuffle_vector(parts[0], parts[1], both))
-    return acc
-
-
-def _dot_vnni512(b, acc, u, s):
-    return call(b, "llvm.x86.avx512.vpdpbusd.512", I.llvm, [acc, b.bitcast(u, I.llvm), b.bitcast(s, I.llvm)])
-
-
-@op(I(I, B, B))
-def dot_u8_s8(b, acc, u, s):
-    """acc + sums of 4 products of unsigned and signed bytes. Exact for all values."""
-    return {"vnni512": _dot_vnni512, "avx2": _dot_avx2, "generic": _dot_generic}[instruction_set()](b, acc, u, s)
 
 
 # Between threads
@@ -514,5 +479,8 @@ def pause(b):
     """Tells the core that this is a spin loop."""
     if "sse2" in features():
         call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
+    elif is_arm(cpu_target.target_context.codegen()):
+        # Arm's own hint, `yield`, is nothing on most cores; this barrier takes about as long as x86's pause.
+        call(b, "llvm.aarch64.isb", ir.VoidType(), [I32(15)])
     else:
         b.fence("seq_cst")

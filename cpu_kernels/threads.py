@@ -16,13 +16,13 @@ import functools
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
 
-from cpu_kernels.compile import call_kernel, our_cache
+from cpu_kernels.compile import Kernel, call_kernel
 from cpu_kernels.simd import (
     I32,
     I64,
@@ -38,7 +38,7 @@ from cpu_kernels.simd import (
     op,
     pause,
     plain_store,
-    prefetch_later,
+    prefetch_l2,
     set_i64,
 )
 
@@ -60,6 +60,8 @@ NAP = 50_000
 """Nanoseconds of one sleep while an operation of a running program is waited for."""
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine) if sys.platform == "linux" else None
 MONOTONIC = 6 if sys.platform == "darwin" else 1
+ULOCK = sys.platform == "darwin"
+"""macOS has the futex's twin, which its C++ library waits with: `__ulock_wait`, in microseconds, and `__ulock_wake`."""
 
 
 def _syscall(b, number, *values):
@@ -69,22 +71,29 @@ def _syscall(b, number, *values):
 @op(VOID(A, A, A))
 def sleep_while(b, address, value, nanoseconds):
     """Sleeps while the low 32 bits at an address equal `value`, at most some nanoseconds (0: without limit)."""
+    value = b.and_(value, I64(0xFFFFFFFF))
+    if ULOCK:
+        microseconds = b.trunc(b.udiv(b.add(nanoseconds, I64(999)), I64(1000)), I32)
+        call(b, "__ulock_wait", I32, [I32(1), address, value, microseconds])
+        return
     if FUTEX is None:
-        # No futex: a short nap; the caller looks again.
-        call(b, "usleep", I32, [I32(50)])
+        # Nobody can wake us: a short nap, and a longer one where the wait has no limit; the caller looks again.
+        call(b, "usleep", I32, [b.select(b.icmp_signed("==", nanoseconds, I64(0)), I32(1000), I32(50))])
         return
     spec = b.alloca(ir.ArrayType(I64, 2))
     first = b.bitcast(spec, I64.as_pointer())
     b.store(I64(0), first)
     b.store(nanoseconds, b.gep(first, [I32(1)]))
     limit = b.select(b.icmp_signed("==", nanoseconds, I64(0)), I64(0), b.ptrtoint(first, I64))
-    _syscall(b, FUTEX, address, I64(128), b.and_(value, I64(0xFFFFFFFF)), limit, I64(0), I64(0))
+    _syscall(b, FUTEX, address, I64(128), value, limit, I64(0), I64(0))
 
 
 @op(VOID(A))
 def wake(b, address):
     """Wakes every thread that sleeps on an address."""
-    if FUTEX is not None:
+    if ULOCK:
+        call(b, "__ulock_wake", I32, [I32(0x101), address, I64(0)])
+    elif FUTEX is not None:
         _syscall(b, FUTEX, address, I64(129), I64(2**31 - 1), I64(0), I64(0), I64(0))
 
 
@@ -148,7 +157,7 @@ def _wait(record, counter, goal, thread, threads, fetched):
             return fetched
         if fetched < limit:
             for line in range(0, 512, 64):
-                prefetch_later(address + start + fetched + line)
+                prefetch_l2(address + start + fetched + line)
             fetched += 512
             continue
         spins += 1
@@ -223,23 +232,16 @@ def _stop(pool):
     wake(pool + RUN)
 
 
-_functions: dict[str, numba.core.dispatcher.Dispatcher] = {}
+RUNNING = Kernel(_run, "pool, run", VOID(A, A, A, A))
+WORKING = Kernel(_worker, "pool, worker", VOID(A, A))
+STOPPING = Kernel(_stop, "pool, stop", VOID(A))
+POOL = (RUNNING, WORKING, STOPPING)
+"""The pool's own functions, compiled on first use: importing this module must not take seconds."""
 
 
-def _compiled(name: str):
-    """The pool's own functions, compiled on first use: importing this module must not take seconds."""
-    if not _functions:
-        long = types.int64
-        table = {
-            "worker": (_worker, types.void(long, long)),
-            "run": (_run, types.void(long, long, long, long)),
-            "stop": (_stop, types.void(long)),
-        }
-        with our_cache():
-            for key, (function, signature) in table.items():
-                made = numba.njit(signature, nogil=True, cache=True, error_model="numpy")(function)
-                _functions[key] = made
-    return _functions[name]
+def _callable(item: Kernel) -> Callable[..., None]:
+    """A pool's function as one of Python's, which runs without Python's lock."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(item.signature.args))(item.address)
 
 
 class ThreadPool:
@@ -268,7 +270,7 @@ class ThreadPool:
         first = self._pool + WORDS * 8
         for word, value in ((COUNTERS, first), (RECORDS, first + counters * 8), (THREADS, self.threads)):
             ctypes.c_int64.from_address(self._pool + word).value = value
-        self._run, worker = _compiled("run"), _compiled("worker")
+        self._run, self._stop, worker = _callable(RUNNING), _callable(STOPPING), _callable(WORKING)
         self._workers = [
             threading.Thread(target=worker, args=(self._pool, i), name=f"ondevice-{i}", daemon=True)
             for i in range(1, self.threads)
@@ -279,7 +281,7 @@ class ThreadPool:
     def _close(self) -> None:
         """Ends the workers before the interpreter frees what they look at."""
         with self._lock:
-            _compiled("stop")(self._pool)
+            self._stop(self._pool)
             for thread in self._workers:
                 thread.join()
 

@@ -21,6 +21,7 @@ from typing import Any
 from llvmlite import ir
 
 from cpu_kernels import simd
+from cpu_kernels.integer_dots import integer_dots
 from cpu_kernels.simd import I64, offset
 
 PREFETCH = 1024
@@ -127,12 +128,9 @@ def dots(b: Any, layout: Layout, codes: list[Any], quads: Any, quad_stride: int,
     """
     results = []
     for part, start in enumerate(starts):
-        # Two chains, so that one dot product need not wait for the other.
-        chains = [start, simd.ints(0)]
-        for j in range(part * 8 // len(starts), (part + 1) * 8 // len(starts)):
-            quad = simd.splat_quad.build(b, offset(b, quads, quad_stride * j))
-            chains[j % 2] = simd.dot_u8_s8.build(b, chains[j % 2], codes[j], quad)
-        results.append(b.add(*chains))
+        some = range(part * 8 // len(starts), (part + 1) * 8 // len(starts))
+        signed = [simd.splat_quad.build(b, offset(b, quads, quad_stride * j)) for j in some]
+        results.append(integer_dots(b, start, [codes[j] for j in some], signed, layout.bits))
     return results
 
 

@@ -56,13 +56,13 @@ def gain(b, layout, group, number, block, totals, sums):
     Args:
         group: address of the group in the unpacked tile.
         totals: pointer to each token's 16 totals.
-        sums: function from a token to its integer sums by part.
+        sums: each token's integer sums by part.
     """
     scales = [simd.load_f32.build(b, offset(b, group, 512 + 64 * i)) for i in range(layout.parts)]
     bias = None if layout.symmetric else simd.load_f32.build(b, offset(b, group, 512 + 64 * layout.parts))
-    for token, total in enumerate(totals):
+    for token, (total, products) in enumerate(zip(totals, sums)):
         here = offset(b, number, 4 * token)
-        value = gained(b, b.load(total), sums(token), simd.splat_f32_at.build(b, here), scales)
+        value = gained(b, b.load(total), products, simd.splat_f32_at.build(b, here), scales)
         if bias is not None:
             value = simd.fma.build(b, bias, simd.splat_f32_at.build(b, b.add(here, block)), value)
         b.store(value, total)

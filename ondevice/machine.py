@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ondevice import control_groups
+
 BANDWIDTH_BYTES = 1 << 29
 """Memory that a measurement walks through: more than any cache holds."""
 
@@ -20,7 +22,7 @@ def default_threads() -> int:
     """Physical cores that this process may really use: affinity, cgroup quota and hyper-threads considered."""
     allowed = usable_cpus()
     cores = {_core_of(cpu) for cpu in allowed}
-    quota = cgroup_cpus()
+    quota = control_groups.cpus()
     count = len(cores)
     return max(1, min(count, int(quota)) if quota else count)
 
@@ -40,18 +42,9 @@ def _core_of(cpu: int) -> str:
         return str(cpu)
 
 
-def cgroup_cpus() -> float | None:
-    """CPU time that the control group grants, in CPUs; None without a limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
-
-
 def threads_reason() -> str:
     """Why `default_threads` is what it is."""
-    allowed, quota = usable_cpus(), cgroup_cpus()
+    allowed, quota = usable_cpus(), control_groups.cpus()
     cores = len({_core_of(cpu) for cpu in allowed})
     parts = [f"{os.cpu_count()} logical CPUs", f"{len(allowed)} allowed to this process", f"{cores} cores"]
     if quota is not None:
@@ -77,11 +70,10 @@ def memory_bytes() -> tuple[int, int | None]:
         return int(_sysctl("hw.memsize") or 0), None
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = _meminfo("MemAvailable")
-    limit, used = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-    if limit is not None and limit < total:
-        total = limit
-        if used is not None and available is not None:
-            available = min(available, limit - used)
+    granted = control_groups.memory()
+    if granted is not None:
+        total = min(total, granted[0])
+        available = None if available is None else min(available, granted[1])
     return total, available
 
 
@@ -93,14 +85,6 @@ def _meminfo(key: str) -> int | None:
     except OSError:
         pass
     return None
-
-
-def _cgroup_bytes(name: str) -> int | None:
-    """A number of the control group's memory controller; None where there is none or no limit."""
-    try:
-        return int(Path(f"/sys/fs/cgroup/{name}").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _sysctl(name: str) -> str | None:

@@ -62,7 +62,7 @@ def load(
     Raises:
         OndeviceError: no such model, a damaged file, or an architecture that is not supported.
     """
-    table = _table(backend, threads)
+    table = _table(backend, threads, progress and _compiling(progress))
     path = find(str(name), progress)
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.tokenizer()
@@ -86,13 +86,16 @@ def _compiling(progress: Progress) -> Progress:
     return lambda done, total, label: progress(done, total, label and f"compiling {label}")
 
 
-def _table(backend: str, threads: int | None) -> Ops:
-    """The op table of a backend: the one place where a platform is chosen."""
+def _table(backend: str, threads: int | None, progress: Progress | None) -> Ops:
+    """The op table of a backend: the one place where a platform is chosen. `progress` hears of what is compiled."""
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; it must be at least 1")
     if backend in ("auto", "cpu"):
+        from cpu_kernels.compile import compile_all
+        from cpu_kernels.threads import POOL
         from ondevice.ops.cpu import CpuOps
 
+        compile_all(POOL, progress)
         return CpuOps(threads)
     if backend == "reference":
         from ondevice.ops.reference import ReferenceOps

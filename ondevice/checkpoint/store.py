@@ -22,7 +22,8 @@ from ondevice.errors import CheckpointError, ModelNotFoundError, OndeviceError, 
 OFFLINE = ("ONDEVICE_OFFLINE", "HF_HUB_OFFLINE")
 """Variables that, set to 1, forbid fetching; the second is the Hub library's own."""
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
-_NAME = re.compile(rf"({_PART})/({_PART})(?:@({_PART}))?((?:/{_PART})*/{_PART}\.gguf)?", re.ASCII)
+_NAME = rf"({_PART})/({_PART})(?:@({_PART}))?((?:/{_PART})*/{_PART}\.gguf)?"
+"""Compiled when first needed: that takes milliseconds, and the default model's name is none of the Hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,7 @@ def parse(name: str) -> HubName:
     Raises:
         OptionError: it is none.
     """
-    match = _NAME.fullmatch(name)
+    match = re.fullmatch(_NAME, name, re.ASCII)
     if match is None:
         raise OptionError(
             f"{name[:200]!r} is no model name: give an alias ({DEFAULT_MODEL}), org/repo, org/repo@revision or "

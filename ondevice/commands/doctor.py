@@ -81,15 +81,15 @@ def _machine() -> dict[str, Any]:
 
 def _kernels() -> dict[str, Any]:
     from cpu_kernels import amx
-    from cpu_kernels.compile import cache_folder
-    from cpu_kernels.simd import instruction_set
+    from cpu_kernels.code_cache import ENDING, cache_folder
+    from cpu_kernels.integer_dots import instruction_set
 
     folder, obstacle = cache_folder(), amx.obstacle()
     return {
         "instruction_set": instruction_set(),
         "amx": f"no: {obstacle}" if obstacle else "yes",
         "cache_folder": str(folder),
-        "compiled": sum(1 for _ in folder.rglob("*.nbc")),
+        "compiled": sum(1 for _ in folder.glob(f"*{ENDING}")),
     }
 
 

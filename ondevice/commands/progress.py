@@ -13,32 +13,39 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-PATIENCE = 1.0
-"""Seconds that nobody needs to be told about."""
+BAR_AFTER = 0.5
+"""Seconds that nobody needs to be told about; the bar goes away again."""
+LINE_AFTER = 1.0
+"""The same of one topic where lines stay."""
 BYTES_FROM = 100_000
 """Totals from here on count bytes: no model has as many tensors or kernels."""
 
 
 class Reporter:
-    """Receives (done, total, label) and shows what takes longer than PATIENCE. Call `close` at the end."""
+    """Receives (done, total, label) and shows what takes its time. Call `close` at the end."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._bar: RichProgress | None = None
         self._task: Any = None
-        self._topic, self._since, self._said = "", 0.0, ""
+        self._made = time.monotonic()
+        self._topic, self._since, self._said = "", self._made, ""
 
     def __call__(self, done: int, total: int, label: str) -> None:
         """Takes a report; a total of 0 means that it is unknown."""
-        # "compiling norm" and "compiling rope" are one topic: it has one clock, and one line where lines stay.
+        if not label:
+            return
+        if not self._terminal:
+            self._say(done, total, label)
+        elif self._bar is not None or time.monotonic() - self._made >= BAR_AFTER:
+            self._draw(done, total, label)
+
+    def _say(self, done: int, total: int, label: str) -> None:
+        # "compiling norm" and "compiling rope" are one topic, which gets one line.
         topic = label.split(" ", 1)[0]
         if topic != self._topic:
             self._topic, self._since = topic, time.monotonic()
-        if not label or (self._bar is None and time.monotonic() - self._since < PATIENCE):
-            return
-        if self._terminal:
-            self._draw(done, total, label)
-        elif topic != self._said:
+        if topic != self._said and time.monotonic() - self._since >= LINE_AFTER:
             self._said = topic
             of = f"{done} of {total}" if total < BYTES_FROM else size(total)
             click.echo(f"{label}{f' ({of})' if total else ''} ...", err=True)

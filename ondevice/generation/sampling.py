@@ -12,6 +12,8 @@ from ondevice.errors import OptionError
 
 FIRST_CANDIDATES = 256
 """Most likely tokens sorted at first; top-p takes more where their mass is not enough."""
+BLOCK = 256
+"""Tokens whose weights are added up, or compared, before single ones are looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,27 +126,30 @@ class Sampler:
             logits: float32 [vocab]; left as it is.
         """
         p = self.params
-        scores = self._penalized(logits.astype(np.float64))
+        scores = self._penalized(logits)
         token = int(scores.argmax()) if p.temperature == 0 or p.top_k == 1 else self._draw(scores)
         self._counts[token] += 1
         self._seen[token] = True
         return token
 
-    def _penalized(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _penalized(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         p = self.params
+        if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
+            scores = scores.copy()
         if p.repetition_penalty != 1:
             seen = scores[self._seen]
             scores[self._seen] = np.where(seen > 0, seen / p.repetition_penalty, seen * p.repetition_penalty)
         if p.presence_penalty:
-            scores -= p.presence_penalty * (self._counts > 0)
+            scores -= np.float32(p.presence_penalty) * (self._counts > 0)
         if p.frequency_penalty:
-            scores -= p.frequency_penalty * self._counts
+            scores -= np.float32(p.frequency_penalty) * self._counts.astype(np.float32)
         return scores
 
-    def _draw(self, scores: NDArray[np.float64]) -> int:
+    def _draw(self, scores: NDArray[np.float32]) -> int:
         p = self.params
         with np.errstate(over="ignore"):  # a tiny temperature: minus infinity is what is meant
-            weights = np.exp((scores - scores.max()) / p.temperature)
+            divisor = max(np.float32(p.temperature), np.finfo(np.float32).tiny)
+            weights = np.exp((scores - scores.max()) / divisor)
         if p.top_k == 0 and p.top_p == 1 and p.min_p == 0:
             return self._pick(weights)
         limit = p.top_k or len(weights)
@@ -159,23 +164,46 @@ class Sampler:
             kept = kept[kept >= p.min_p * kept[0]]
         return int(order[self._pick(kept)])
 
-    def _pick(self, weights: NDArray[np.float64]) -> int:
+    def _pick(self, weights: NDArray[np.float32]) -> int:
         """An index with probability in proportion to its weight."""
-        edges = np.cumsum(weights)
-        return min(int(np.searchsorted(edges, self._random.random() * edges[-1], side="right")), len(weights) - 1)
+        blocks = _blocks(weights).sum(axis=1, dtype=np.float64)
+        edges = np.cumsum(blocks)
+        target = self._random.random() * edges[-1]
+        block = min(int(np.searchsorted(edges, target, side="right")), len(edges) - 1)
+        inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+        # Rounding may put the target behind the block's last weight.
+        target = min(target - edges[block] + blocks[block], np.nextafter(inside[-1], 0))
+        return block * BLOCK + int(np.searchsorted(inside, target, side="right"))
 
 
-def _most_likely(weights: NDArray[np.float64], limit: int, top_p: float) -> NDArray[np.int64]:
+def _blocks(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The weights in rows of BLOCK, filled up with zeros."""
+    rest = -len(weights) % BLOCK
+    return (np.concatenate([weights, np.zeros(rest, weights.dtype)]) if rest else weights).reshape(-1, BLOCK)
+
+
+def _most_likely(weights: NDArray[np.float32], limit: int, top_p: float) -> NDArray[np.int64]:
     """Indices by falling weight: `limit` of them, or fewer if those hold `top_p` of all mass."""
     size = min(limit, FIRST_CANDIDATES, len(weights))
-    whole = weights.sum()
+    whole = weights.sum(dtype=np.float64)
     while True:
-        part = np.argpartition(weights, len(weights) - size)[len(weights) - size :]
-        enough = top_p < 1 and limit >= len(weights) and weights[part].sum() >= top_p * whole
+        part = _largest(weights, size)
+        enough = top_p < 1 and limit >= len(weights) and weights[part].sum(dtype=np.float64) >= top_p * whole
         if size == min(limit, len(weights)) or enough:
             # Ties by id, so that the order is the same on every machine.
             return part[np.lexsort((part, -weights[part]))]
         size = min(size * 8, limit, len(weights))
+
+
+def _largest(weights: NDArray[np.float32], size: int) -> NDArray[np.int64]:
+    """Indices of the `size` largest weights, in any order."""
+    candidates = np.arange(len(weights))
+    peaks = _blocks(weights).max(axis=1)
+    if size <= len(peaks):
+        # At least `size` weights are as large as the smallest of the `size` largest peaks.
+        candidates = np.flatnonzero(weights >= np.partition(peaks, len(peaks) - size)[len(peaks) - size])
+    some = weights[candidates]
+    return candidates[np.argpartition(some, len(some) - size)[len(some) - size :]]
 
 
 def token_logprob(logits: NDArray[np.float32], token: int, alternatives: int) -> TokenLogprob:

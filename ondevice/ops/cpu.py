@@ -48,7 +48,7 @@ class Producer:
     """How rows are made; put off until it is known whether floats or int8 codes of them are wanted.
 
     Args:
-        kernel: of `cpu_kernels.rows`, whose arguments are where results go, these, and where codes go.
+        kernel: of `cpu_kernels.rows` or `rope`, whose arguments are where results go, these, and where codes go.
         arguments: the ones in between.
         source: what it reads, so that its memory is not given away before.
     """
@@ -109,6 +109,14 @@ class _Place:
     def tile(self) -> tuple[Any, ...]:
         """What kernels are told of the weights."""
         return self.tiles.data, self.tiles.format.tile_bytes, self.tiles.row_tiles, self.each
+
+
+def _unrotated(x: Buffer) -> tuple[Buffer, tuple[Any, int]]:
+    """A buffer to rotate while reading it, with the table and half the rotated dimensions; 0 for nothing to do."""
+    if x.block is None and x.producer is not None and x.producer.kernel is _rope_kernel:
+        table, half = x.producer.arguments[3], x.producer.arguments[-1]
+        return x.producer.source, (table, half)
+    return x, (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +190,6 @@ class CpuOps(Ops):
         shape = (spec.group, spec.head_dim)
         kernels = [*self._kernels, rows.norm, rows.activation, rows.take, rows.quantize, kv_pages.append]
         kernels += [f(*shape) for f in (attention.attention_tokens, attention.attention_chunks)]
-        kernels += [attention.attention_merge(*shape)]
-        kernels += [rope.rope] if spec.rope else []
         kernels += [rows.add_rows] if spec.post_norms or spec.position_offset is not None else []
         kernels += [rows.softcap] if spec.logit_softcap else []
         compile_all(kernels, progress)
@@ -206,7 +212,7 @@ class CpuOps(Ops):
             programs[key] = program
             while len(programs) > KEPT_PROGRAMS:
                 del programs[next(iter(programs))]
-            program.load(step, attention.CHUNK)
+            program.load(step, attention.tile_positions(int(step.positions.max()) + 1))
             if self._profile is None:
                 program.run(self.pool, at_once=len(step.tokens) <= FEW_TOKENS)
             else:
@@ -395,17 +401,20 @@ class CpuOps(Ops):
         ]
 
     def rope(self, x: Buffer, heads: int, positions: Any, rope: Any) -> Buffer:
-        out = self._new(x.rows, x.width)
-        place = (out.address, out.stride_bytes, x.address, x.stride_bytes, positions, rope)
-        self._program.add(_rope_kernel, x.rows, (*place, heads, x.width // heads, rope.shape[1] // 2))
-        return out
+        source = self._floats(x)
+        arguments = (source.address, source.stride_bytes, positions, rope, heads, x.width // heads, rope.shape[1] // 2)
+        return self._later(x.rows, x.width, _rope_kernel, source, arguments)
 
     def append(self, cache: KVCache, layer: int, k: Buffer, v: Buffer, step: Step) -> None:
         pages: _Pages = cache.pages
-        padded = pages.page_bytes // (cache.page * 2)
+        padded = attention.padded_dim(pages.head_dim)
+        k, rotation = _unrotated(k)
+        k, v = self._floats(k), self._floats(v)
         source = (k.address, k.stride_bytes, v.address, v.stride_bytes)
         sizes = (pages.page_bytes, pages.kv_heads, pages.head_dim, padded)
-        arguments = (*source, *self._where(step, cache), *self._layer(pages, layer), *sizes)
+        scratch = padded * 4
+        place = (*self._where(step, cache), *self._layer(pages, layer), *sizes)
+        arguments = (*source, *place, *rotation, self._scratch_memory("append", scratch), scratch)
         self._program.add(kv_pages.append, k.rows, arguments)
 
     @staticmethod
@@ -422,31 +431,24 @@ class CpuOps(Ops):
     ) -> Buffer:
         pages: _Pages = cache.pages
         shape = (pages.group, pages.head_dim)
-        padded = -(-pages.head_dim // 16) * 16
+        q, rotation = _unrotated(q)
+        q = self._floats(q)
         out = self._new(q.rows, q.width)
-        scratch = attention.scratch_bytes(pages.group, padded)
+        scratch = attention.scratch_bytes(*shape)
         source = (q.address, q.stride_bytes, *self._where(step, cache), *self._layer(pages, layer))
-        settings = (window, float(scale), float(softcap))
-        common = (
-            *source,
-            pages.page_bytes,
-            pages.kv_heads,
-            self._scratch_memory("attention", scratch),
-            scratch,
-            *settings,
-        )
-        tiles = q.rows * pages.kv_heads
+        memory = (pages.page_bytes, pages.kv_heads, self._scratch_memory("attention", scratch), scratch)
+        common = (*source, *memory, *rotation, window, float(scale), float(softcap))
         if q.rows > FEW_TOKENS:
-            kernel = attention.attention_tokens(*shape)
-            self._program.add(kernel, tiles, (out.address, out.stride_bytes, *common))
+            each = attention.tokens_each(pages.group, step.positions, step.slots)
+            tiles = -(-q.rows // each) * pages.kv_heads
+            place: tuple[Any, ...] = (out.address, out.stride_bytes, q.rows, each)
+            self._program.add(attention.attention_tokens(*shape), tiles, (*place, *common))
             return out
-        most = -(-cache.capacity // attention.CHUNK)
-        parts = Block(self._program.memory, tiles * most * pages.group * attention.result_bytes(padded))
-        kernel = attention.attention_chunks(*shape)
-        chunks = self._program.chunks
-        self._program.add(kernel, tiles, (parts.address, most, chunks, *common), by_chunks=True)
-        place = (out.address, out.stride_bytes, parts.address, most, step.positions, pages.kv_heads, window)
-        self._program.add(attention.attention_merge(*shape), tiles, place)
+        tiles, most = q.rows * pages.kv_heads, -(-cache.capacity // attention.CHUNK)
+        parts = Block(self._program.memory, tiles * most * attention.part_bytes(*shape))
+        counters = np.zeros(tiles * 8, np.int64)
+        place = (out.address, out.stride_bytes, parts.address, most, self._program.chunks, counters)
+        self._program.add(attention.attention_chunks(*shape), tiles, (*place, *common), by_chunks=True)
         return out
 
     def activation(self, x: Buffer, kind: str, gated: bool) -> Buffer:

@@ -27,11 +27,14 @@ class PartTime:
 
 def add_times(profile: dict[str, PartTime], program: Program, pool: ThreadPool) -> None:
     """Runs a program and adds what its parts took."""
-    times = program.measure(pool).mean(axis=1) / 1e9
+    times = program.measure(pool) / 1e9
+    busy = times[:, :, 0].mean(axis=1)
+    # The calling thread takes part from the first to the last; others may have come late.
+    waiting = times[:, 0].sum(axis=1) - busy
     for part, nbytes in program.bytes_of_parts().items():
         entry = profile.setdefault(part, PartTime())
         entry.bytes = nbytes
         entry.steps += 1
-    for part, (busy, waiting) in zip(program.parts, times.tolist()):
-        profile[part].busy += busy
-        profile[part].waiting += waiting
+    for part, worked, waited in zip(program.parts, busy.tolist(), waiting.tolist()):
+        profile[part].busy += worked
+        profile[part].waiting += waited

@@ -18,8 +18,8 @@ from cpu_kernels.compile import Kernel
 from cpu_kernels.threads import FIELDS, RUN_BIT, ThreadPool
 from ondevice.ops.base import Step
 
-SLICE = 8
-"""Operations between two looks at Python's signals while a prompt is read."""
+SLICE = 1
+"""Operations between two looks at Python's signals while a prompt is read: one of a large model takes 0.2 s."""
 
 
 def aligned(nbytes: int) -> NDArray[np.uint8]:

@@ -64,6 +64,7 @@ def read_gguf(metadata: Mapping[str, Any], path: Path) -> TokenizerSource:
     return TokenizerSource(
         backend=backend,
         path=path,
+        vocab_size=len(tokens),
         special=special,
         bos_id=bos,
         eos_id=eos,
@@ -136,10 +137,12 @@ def _add_tokens(
     Returns:
         Text of every special token -> id.
     """
+    # Plain numbers: looking an enumeration up for each of 100 000 tokens takes long.
+    control, unknown, user_defined = map(int, (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED))
     special = {
         text: index
-        for index, text in enumerate(tokens)
-        if text and (types[index] in (TokenType.CONTROL, TokenType.UNKNOWN) or index in named)
+        for index, (text, kind) in enumerate(zip(tokens, types))
+        if (kind in (control, unknown) or index in named) and text
     }
     keep_right = {"<unk>", "<s>", "<|endoftext|>"}
     backend.add_special_tokens(
@@ -148,6 +151,6 @@ def _add_tokens(
             for text in special
         ]
     )
-    user = [t for t, kind in zip(tokens, types) if t and kind == TokenType.USER_DEFINED and t not in special]
+    user = [t for t, kind in zip(tokens, types) if kind == user_defined and t and t not in special]
     backend.add_tokens([AddedToken(text, special=False, normalized=False, rstrip=strips_right) for text in user])
     return special

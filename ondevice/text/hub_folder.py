@@ -61,6 +61,7 @@ def read_folder(path: Path) -> TokenizerSource:
     return TokenizerSource(
         backend=backend,
         path=path,
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
         special=special,
         bos_id=bos,
         eos_id=eos,

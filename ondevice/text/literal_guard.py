@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from ondevice.errors import OptionError
 
 # Private-use characters: no template has a meaning for them, and no trimming takes them for white space.
-_STAND_INS = (*range(0x100000, 0x10FFFE), *range(0xF0000, 0xFFFFE))
+_STAND_INS = (range(0x100000, 0x10FFFE), range(0xF0000, 0xFFFFE))
 
 
 class LiteralGuard:
@@ -48,7 +49,7 @@ class LiteralGuard:
         if not originals:
             return values, {}
         taken = set(template).union(*_texts(values))
-        free = (code for code in _STAND_INS if chr(code) not in taken)
+        free = (code for code in chain(*_STAND_INS) if chr(code) not in taken)
         stand_in = {char: chr(code) for char, code in zip(originals, free)}
         if len(stand_in) < len(originals):
             raise OptionError("messages: no private-use character is left to protect special tokens; remove some")

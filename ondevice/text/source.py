@@ -50,6 +50,7 @@ class TokenizerSource:
     Args:
         backend: the `tokenizers` pipeline; `Tokenizer` takes it over and changes it.
         path: file or folder it came from, for messages.
+        vocab_size: ids from here on are not the model's.
         special: text of every special token -> id.
         bos_id, eos_id: the main ones, None where there is none.
         prefix, suffix: ids put before and after a text that is encoded with its special tokens.
@@ -59,6 +60,7 @@ class TokenizerSource:
 
     backend: tokenizers.Tokenizer
     path: Path
+    vocab_size: int
     special: Mapping[str, int]
     bos_id: int | None
     eos_id: int | None

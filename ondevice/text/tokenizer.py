@@ -38,7 +38,7 @@ class Tokenizer:
         self._source = source
         self._backend = source.backend
         added = self._backend.get_added_tokens_decoder()
-        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = source.vocab_size
         self.bos_id = source.bos_id
         self.eos_id = source.eos_id
         self.add_bos = source.bos_id is not None and source.bos_id in source.prefix

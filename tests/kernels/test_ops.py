@@ -13,6 +13,7 @@ from ondevice.generation.kv_cache import KVCache
 from ondevice.ops.base import Ops, Step
 from ondevice.ops.cpu import CpuOps
 from ondevice.ops.reference import ReferenceOps
+from tests.kernels.rounding import rounded
 from tests.kernels.tables import run_rows
 from tests.tiny import tiny_spec
 
@@ -38,18 +39,6 @@ def compare(ops: Ops, x: np.ndarray, body: Any, tolerance: float, codes: bool = 
     assert got.shape == expected.shape
     assert np.abs(got - expected).max(initial=0) <= tolerance * np.abs(expected).max(initial=1)
     return got
-
-
-def rounded(x: np.ndarray) -> np.ndarray:
-    """Activations as int8 codes hold them: a scale per group of 32, groups with an outlier in two planes."""
-    groups = x.reshape(len(x), -1, 32)
-    peak = np.abs(groups).max(axis=-1, keepdims=True)
-    some = peak > 1e-30
-    high = np.rint(groups * np.where(some, np.float32(127) / np.where(some, peak, 1), 0).astype(np.float32))
-    step = np.where(some, peak.astype(np.float64) / 127, 1)
-    low = np.minimum(np.rint((groups - high * step) / (step / 256)), 127)
-    fine = peak > 4 * np.sqrt((groups.astype(np.float64) ** 2).mean(axis=(1, 2), keepdims=True))
-    return np.where(some, (high + np.where(fine, low / 256, 0)) * step, 0).reshape(x.shape)
 
 
 def weight(out: int, inputs: int, kind: str) -> Any:

@@ -15,6 +15,7 @@ from ondevice.generation.kv_cache import PAGE, KVCache
 from ondevice.ops.base import Ops
 from ondevice.ops.reference import ReferenceOps
 from ondevice.spec import ModelSpec
+from tests.kernels.rounding import rounded
 
 HALF_STEP = 2.0**-11
 """Largest relative error of rounding to float16."""
@@ -36,12 +37,16 @@ class GivenCacheOps(ReferenceOps):
 
     Args:
         keys, values: [layers, positions, kv_heads * head_dim].
+        rounds: rounds the inputs of linears as the CPU table does for quantized weights.
     """
 
-    def __init__(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
+    def __init__(self, keys: NDArray[Any], values: NDArray[Any], rounds: bool = False) -> None:
         super().__init__()
-        self.given = keys, values
+        self.given, self.rounds = (keys, values), rounds
         self.furthest = 0.0
+
+    def linear(self, x: Any, weight: Any, residual: Any = None) -> Any:
+        return super().linear(rounded(x) if self.rounds else x, weight, residual)
 
     def append(self, cache: Any, layer: int, k: Any, v: Any, step: Any) -> None:
         given = [stored[layer, step.positions].astype(self.dtype) for stored in self.given]

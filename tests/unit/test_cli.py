@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import ondevice
+from cpu_kernels.integer_dots import instruction_set
 from ondevice.cli import COMMANDS, cli
 
 GREEDY = ["--temp", "0", "--backend", "reference"]
@@ -29,8 +30,9 @@ def ondevice_cli(tmp_path, monkeypatch):
     return run
 
 
-def python(*args, **extra):
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=60, check=False, **extra)
+def python(*args, timeout=60, **extra):
+    command = [sys.executable, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **extra)
 
 
 def answered(result):
@@ -191,7 +193,7 @@ def test_doctor_reports_this_machine(ondevice_cli, monkeypatch):
     monkeypatch.setattr("ondevice.machine.BANDWIDTH_BYTES", 1 << 22)
     report = json.loads(ondevice_cli("doctor", "--json").stdout)
     assert report["machine"]["threads"] >= 1 and report["machine"]["read_gbs_all_threads"] > 0
-    assert report["kernels"]["instruction_set"] in ("vnni512", "avx2", "generic", "neon", "sdot")
+    assert report["kernels"]["instruction_set"] == instruction_set()
     assert "not in this version" in report["backends"]["mlx"]
     assert report["store"]["models"] == 0
     assert report["kernels"]["amx"] == "yes" or report["kernels"]["amx"].startswith("no: ")
@@ -208,6 +210,30 @@ def test_doctor_compiles_ahead_for_the_store(ondevice_cli, tiny_path, tmp_path, 
     warmed = ondevice_cli("doctor", "--warm", "--json")
     assert "kernels for some/model are compiled" in warmed.stderr
     assert json.loads(warmed.stdout)["kernels"]["compiled"] > 0
+
+
+WITHOUT_A_COMPILER = """
+import sys, ondevice
+from cpu_kernels import compile
+def refuse(function, signature, name):
+    raise SystemExit(f"{name} was not compiled ahead")
+compile._machine_code = refuse
+model = ondevice.load("some/model", backend="cpu")
+model.generate(["Hello", "a long prompt " * 3], max_tokens=3)
+print("answered")
+"""
+
+
+def test_doctor_compiles_everything_ahead(tiny_path, tmp_path):
+    folder = tmp_path / "store" / "hub" / "some"
+    folder.mkdir(parents=True)
+    (folder / "model").symlink_to(tiny_path)
+    env = {**os.environ, "ONDEVICE_HOME": str(tmp_path / "store"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    assert "not compiled ahead" in python("-c", WITHOUT_A_COMPILER, env=env).stderr
+    warmed = python("-m", "ondevice", "doctor", "--warm", env=env, timeout=300)
+    assert warmed.returncode == 0 and "compiling" in warmed.stderr
+    done = python("-c", WITHOUT_A_COMPILER, env=env)
+    assert (done.stdout, done.stderr) == ("answered\n", "")
 
 
 def test_interrupting_exits_130():

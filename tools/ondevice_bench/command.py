@@ -1,0 +1,180 @@
+"""`ondevice bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from ondevice.commands.progress import reporting
+from ondevice.defaults import BACKENDS, DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from ondevice_bench.cases import Case
+    from ondevice_bench.loading import Source
+    from ondevice_bench.report import Row
+
+DEFAULT_BITS, DEFAULT_GROUP = 4, 32
+LEFT_OUT = {"-p": "--only tg", "-n": "--only pp"}
+"""How to leave a kind of test out, by the option whose 0 says so in llama-bench."""
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Integers with commas between.
+
+    Args:
+        low: least value.
+    """
+
+    name = "N,..."
+
+    def __init__(self, low: int) -> None:
+        self.low = low
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The numbers of one occurrence of the option."""
+        if not isinstance(value, str):
+            return tuple(value)
+        return tuple(self._number(part, param, ctx) for part in value.split(","))
+
+    def _number(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        flag = param.opts[0] if param else ""
+        try:
+            number = int(text)
+        except ValueError:
+            self.fail(f"{text!r} is no whole number; write one, or several with commas between.", param, ctx)
+        if number < self.low:
+            way = f"; {LEFT_OUT[flag]} leaves these tests out" if flag in LEFT_OUT else ""
+            self.fail(f"{number} is not possible; give {self.low} or more{way}.", param, ctx)
+        return number
+
+
+def _numbers(*names: str, default: int | None, low: int, help: str, **extra: Any) -> Any:
+    shown = "" if default is None else f"  [default: {default}]"
+    values = None if default is None else [(default,)]
+    return click.option(*names, type=Numbers(low), multiple=True, default=values, help=help + shown, **extra)
+
+
+@click.command("bench")
+@click.argument("model", default=DEFAULT_MODEL, envvar="ONDEVICE_MODEL")
+@click.option("--shape", metavar="NAME", help="Instead of MODEL: random weights of a known model's shape; see below.")
+@click.option("--bits", type=click.Choice(["4", "5", "6", "8", "16"]), help="Of --shape's weights.  [default: 4]")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Inputs with one scale.  [default: 32]")
+@_numbers("-p", "--prompt", default=512, low=1, help="Tokens of a prompt (pp).")
+@_numbers("-n", "--generate", default=128, low=1, help="Tokens generated (tg).")
+@_numbers("-d", "--depth", default=0, low=0, help="Tokens in the context before.")
+@_numbers("-b", "--batch", default=1, low=1, help="Sequences: tg decodes them together, pp reads one after another.")
+@click.option("--only", type=click.Choice(["pp", "tg"]), help="Leave the other tests out.")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True, help="Timed per test.")
+@_numbers(
+    *("-t", "--threads"),
+    default=None,
+    low=1,
+    envvar="ONDEVICE_THREADS",
+    help="Threads of the CPU backend.  [default: one per usable core]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    envvar="ONDEVICE_BACKEND",
+    help="What computes; reference is float64 and slow.",
+)
+@click.option("--profile", is_flag=True, help="Say where the time of a decode step goes, part by part.")
+@click.option("-o", "--output", type=click.Choice(["md", "csv", "json"]), help="Format.  [default: md]")
+@click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    model: str,
+    shape: str | None,
+    bits: str | None,
+    group_size: str | None,
+    prompt: tuple[tuple[int, ...], ...],
+    generate: tuple[tuple[int, ...], ...],
+    depth: tuple[tuple[int, ...], ...],
+    batch: tuple[tuple[int, ...], ...],
+    only: str | None,
+    repetitions: int,
+    threads: tuple[tuple[int, ...], ...],
+    backend: str,
+    profile: bool,
+    output: str | None,
+    as_json: bool,
+) -> None:
+    """Measure tokens per second, and bytes moved for them.
+
+    Tests are named as by llama-bench: pp512 reads a prompt of 512 tokens, tg128 generates 128, "@ d4096" does so after
+    4096 tokens, which are not timed, b32 for 32 sequences; tok/s counts the tokens of all sequences. Options that take
+    N,... take lists or can be repeated; all combinations run. Each test runs once to warm up. Tokens are random;
+    tokenizing and sampling are not measured.
+
+    bytes/token is what must move through memory. Counted are the packed weights that a step reads, once for all tokens
+    of the step (of the embedding one row per token, the head whole, a table that is both once), and the keys and values
+    that are visible; activations and writes are not. A prompt passes in steps of 512 tokens. GB/s is that times tok/s,
+    and can exceed what the memory gives where the cache holds part of it.
+
+    --profile runs each tg test once more. Times are means over threads: of work in each part of the model, of waiting
+    for other threads, and other, which is Python between the steps and threads that the system had not started yet.
+
+    Shapes: smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, gemma-3-1b, llama-3.2-1b, llama-2-7b. Their weights are random codes
+    without biases, as in GGUF's Q4_0 and Q8_0, head and embedding included.
+    """
+    if output not in (None, "json") and as_json:
+        raise click.UsageError(f"--json and -o {output} contradict each other; give one.")
+    if profile and only == "pp":
+        raise click.UsageError("--profile looks at generation, which --only pp leaves out; drop one of them.")
+    source = _source(ctx, model, shape, bits, group_size)
+    from ondevice_bench.cases import grid
+
+    prompts, generated = (() if only == "tg" else _flat(prompt)), (() if only == "pp" else _flat(generate))
+    cases = grid(prompts, generated, _flat(depth), _flat(batch))
+    from ondevice_bench.report import render
+
+    rows: list[Row] = []
+    for count in _flat(threads) or (None,):
+        rows += _run(source, backend, count, cases, repetitions, profile)
+    click.echo(render(rows, "json" if as_json else output or "md"))
+
+
+def _flat(values: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    return tuple(number for some in values for number in some)
+
+
+def _source(ctx: click.Context, model: str, shape: str | None, bits: str | None, group_size: str | None) -> Source:
+    from ondevice_bench.loading import Source
+
+    if shape is None:
+        for flag, value in (("--bits", bits), ("--group-size", group_size)):
+            if value is not None:
+                raise click.UsageError(f"{flag} {value} is of random weights, which --shape asks for; add it.")
+        return Source(model)
+    if ctx.get_parameter_source("model") is ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"MODEL {model!r} and --shape {shape!r} contradict each other; give one.")
+    if bits == "16" and group_size is not None:
+        raise click.UsageError(f"--group-size {group_size}: weights of 16 bits have no groups; drop it.")
+    return Source(shape, int(bits or DEFAULT_BITS), int(group_size or DEFAULT_GROUP))
+
+
+def _run(
+    source: Source, backend: str, threads: int | None, cases: list[Case], repetitions: int, profile: bool
+) -> Iterator[Row]:
+    """Rows of all tests with one number of threads."""
+    from ondevice import machine
+    from ondevice_bench.loading import load_decoder
+    from ondevice_bench.measure import measure
+    from ondevice_bench.report import Setting, row
+    from ondevice_bench.traffic import bits_per_weight, model_bytes
+
+    with reporting() as progress:
+        decoder = load_decoder(source, backend, threads, cases, profile, progress)
+    used = getattr(decoder.ops, "threads", None)
+    gbs = machine.read_bandwidth(used or machine.default_threads()) / 1e9
+    setting = Setting(source.label, model_bytes(decoder), bits_per_weight(decoder), decoder.ops.name, used, gbs)
+    for i, case in enumerate(cases, 1):
+        # One line before each test: a bar that moves would take time from what is measured.
+        click.echo(f"measuring {case.name} ({i} of {len(cases)}) ...", err=True)
+        yield row(setting, measure(decoder, case, repetitions, profile))

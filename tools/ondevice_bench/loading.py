@@ -1,0 +1,81 @@
+"""Loads what is measured: a model's file without its tokenizer, or random weights of a known shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ondevice.checkpoint import open_checkpoint
+from ondevice.decoder import Decoder
+from ondevice.model import _compiling, _table, find
+from ondevice_bench.cases import Case, check
+from ondevice_bench.parts import profile_table
+from ondevice_bench.random_weights import FLOAT_BITS, RandomWeights
+from ondevice_bench.shapes import shape_spec
+
+if TYPE_CHECKING:
+    from ondevice.checkpoint.base import Checkpoint
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is measured.
+
+    Args:
+        name: of a model or, where `bits` is given, of a shape.
+        bits: of random weights; None reads a model.
+        group_size: of random weights.
+    """
+
+    name: str
+    bits: int | None = None
+    group_size: int = 32
+
+    @property
+    def label(self) -> str:
+        """Name and format as the results show them."""
+        if self.bits is None:
+            path = Path(self.name)
+            return path.name if path.exists() else self.name
+        groups = "" if self.bits == FLOAT_BITS else f" g{self.group_size}"
+        return f"{self.name} shape, random {self.bits}-bit{groups}"
+
+
+def load_decoder(
+    source: Source,
+    backend: str,
+    threads: int | None,
+    cases: Sequence[Case],
+    profile: bool = False,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Packs a model and compiles its kernels.
+
+    Args:
+        backend, threads, progress: as of `ondevice.load`.
+        cases: refused before anything is packed if the model cannot run them.
+        profile: the op table must be able to account for its parts.
+
+    Raises:
+        OptionError: an impossible case, shape or format, or no profile.
+    """
+    ops = _table(backend, threads, progress and _compiling(progress))
+    if profile:
+        profile_table(ops)
+    with _open(source, progress) as checkpoint:
+        check(cases, checkpoint.spec, source.name)
+        # Random weights have the two things that a decoder reads of a checkpoint.
+        decoder = Decoder(cast("Checkpoint", checkpoint), ops, progress)
+    ops.prepare(decoder.spec, progress and _compiling(progress))
+    return decoder
+
+
+def _open(source: Source, progress: Progress | None) -> Any:
+    if source.bits is None:
+        return open_checkpoint(find(source.name, progress))
+    return nullcontext(RandomWeights(shape_spec(source.name), source.bits, source.group_size))

@@ -1,0 +1,113 @@
+"""Times one test on a loaded model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ondevice.errors import OptionError
+from ondevice.machine import memory_bytes
+from ondevice_bench.parts import Profile, profile_table
+from ondevice_bench.traffic import bytes_per_token, held_bytes
+
+if TYPE_CHECKING:
+    from ondevice.decoder import Decoder
+    from ondevice_bench.cases import Case
+
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a test gave.
+
+    Args:
+        samples: tokens per second of each repetition, those of all sequences together.
+        bytes_per_token: see `traffic`.
+        profile: of one more repetition, where it was asked for.
+    """
+
+    case: Case
+    samples: list[float]
+    bytes_per_token: float
+    profile: Profile | None = None
+
+
+def measure(
+    decoder: Decoder,
+    case: Case,
+    repetitions: int,
+    profile: bool = False,
+    between: Callable[[], object] | None = None,
+) -> Result:
+    """Runs a test: the depth is filled, one repetition warms up, the others are timed.
+
+    Args:
+        repetitions: that are timed.
+        profile: run one more that says where the time goes; "tg" only.
+        between: called before each step, not timed.
+
+    Raises:
+        OptionError: keys and values take more memory than there is.
+    """
+    run = _Run(decoder, case)
+    run.once(between)
+    samples = [case.tokens * case.batch / run.once(between) for _ in range(repetitions)]
+    table = None
+    if profile and case.kind == "tg":
+        with profile_table(decoder.ops)() as parts:
+            seconds = run.once()
+        table = Profile(dict(parts), seconds, case.tokens, case.batch)
+    return Result(case, samples, bytes_per_token(decoder, run.cache, case), table)
+
+
+class _Run:
+    """A test's cache, filled to its depth, and its tokens."""
+
+    def __init__(self, decoder: Decoder, case: Case) -> None:
+        self.decoder, self.case = decoder, case
+        self.cache = decoder.new_cache(case.batch, case.positions)
+        self._check_memory()
+        random = np.random.default_rng(SEED)
+        self.tokens = random.integers(0, decoder.spec.vocab_size, (case.batch, case.positions)).tolist()
+        if case.depth:
+            for slot, tokens in enumerate(self.tokens):
+                self._read(tokens[: case.depth], slot)
+
+    def _check_memory(self) -> None:
+        need, available = held_bytes(self.cache.pages), memory_bytes()[1]
+        if available is not None and need > available:
+            raise OptionError(
+                f"test {self.case.name}: keys and values take {need / 1e9:.1f} GB and {available / 1e9:.1f} GB are "
+                "available; lower -b or -d"
+            )
+
+    def _read(self, tokens: list[int], slot: int) -> None:
+        for _ in self.decoder.prefill(tokens, self.cache, slot):
+            pass
+
+    def _decode(self, position: int) -> None:
+        self.decoder.decode([tokens[position] for tokens in self.tokens], self.cache, range(self.case.batch))
+
+    def once(self, between: Callable[[], object] | None = None) -> float:
+        """Seconds of one repetition."""
+        case = self.case
+        for slot in range(case.batch):
+            self.cache.truncate(slot, case.depth)
+        if case.kind == "pp":
+            steps = [partial(self._read, tokens[case.depth :], slot) for slot, tokens in enumerate(self.tokens)]
+        else:
+            steps = [partial(self._decode, position) for position in range(case.depth, case.positions)]
+        seconds = 0.0
+        for step in steps:
+            if between is not None:
+                between()
+            start = time.perf_counter()
+            step()
+            seconds += time.perf_counter() - start
+        return seconds
