@@ -60,25 +60,26 @@ def _copy(out, x, nbytes):
 
 
 @functools.cache
-def _all_chunks(group: int, tokens: int, head_dim: int):
-    """Numba function: attention of `tokens` consecutive tokens of a slot, one chunk after the other."""
+def _all_chunks(group: int, head_dim: int):
+    """Numba function: attention of a token, or of a block's consecutive tokens, one chunk after the other."""
     padded = padded_dim(head_dim)
-    rows, result, queries_each = group * tokens, result_bytes(padded), group * query_stride(head_dim)
-    attend, load = chunk(group, tokens, head_dim), load_queries(group, head_dim)
+    result, queries_each = result_bytes(padded), group * query_stride(head_dim)
+    attend, load = chunk(group, head_dim), load_queries(group, head_dim)
 
     @numba.njit(error_model="numpy")
-    @named(f"{group}x{tokens}x{head_dim}")
-    def every(out, out_stride, q, q_stride, scratch, keys, values, pages, page_step, position, rotation, half, window,
-              scale, softcap):  # fmt: skip
+    @named(f"{group}x{head_dim}")
+    def every(out, out_stride, q, q_stride, scratch, keys, values, pages, page_step, position, tokens, rotation, half,
+              window, scale, softcap):  # fmt: skip
+        rows = group * tokens
         queries, running = scratch, scratch + tokens * queries_each
         part = running + rows * result
         work = part + rows * result
         for t in range(tokens):
             load(queries + t * queries_each, q + t * q_stride, position + t, rotation, half, scale, softcap)
         oldest, newest = visible(position, window) // CHUNK, (position + tokens - 1) // CHUNK
-        attend(running, queries, work, keys, values, pages, page_step, position, oldest, window, softcap)
+        attend(running, queries, work, keys, values, pages, page_step, position, tokens, oldest, window, softcap)
         for index in range(oldest + 1, newest + 1):
-            attend(part, queries, work, keys, values, pages, page_step, position, index, window, softcap)
+            attend(part, queries, work, keys, values, pages, page_step, position, tokens, index, window, softcap)
             for row in range(rows):
                 seen = position + row // group
                 first = visible(seen, window) // CHUNK
@@ -110,7 +111,7 @@ def attention_tokens(group: int, head_dim: int) -> Kernel:
     Late tokens of a prompt see the most: whoever takes theirs last would keep everybody waiting.
     """
     block = block_tokens(group)
-    together, alone = _all_chunks(group, block, head_dim), _all_chunks(group, 1, head_dim)
+    every = _all_chunks(group, head_dim)
 
     @kernel(f"attention {group}x{head_dim}, many tokens")
     def attention(arguments, tile, thread):
@@ -126,12 +127,8 @@ def attention_tokens(group: int, head_dim: int) -> Kernel:
             some = block if token + block <= end and _consecutive(positions, slots, token, block) else 1
             pages = block_table + 4 * i32_at(slots + 4 * token) * per_slot
             o, x, position = out + token * out_stride, q + token * q_stride, i32_at(positions + 4 * token)
-            if some > 1:
-                together(o + first_head, out_stride, x + first_head, q_stride, memory, k, v, pages, heads * page_bytes,
-                         position, rotation, half, window, F32(scale), F32(softcap))  # fmt: skip
-            else:
-                alone(o + first_head, out_stride, x + first_head, q_stride, memory, k, v, pages, heads * page_bytes,
-                      position, rotation, half, window, F32(scale), F32(softcap))  # fmt: skip
+            every(o + first_head, out_stride, x + first_head, q_stride, memory, k, v, pages, heads * page_bytes,
+                  position, some, rotation, half, window, F32(scale), F32(softcap))  # fmt: skip
             token += some
 
     return attention
@@ -146,7 +143,7 @@ def attention_chunks(group: int, head_dim: int) -> Kernel:
     """
     padded = padded_dim(head_dim)
     result, queries_bytes = result_bytes(padded), group * query_stride(head_dim)
-    attend, load = chunk(group, 1, head_dim), load_queries(group, head_dim)
+    attend, load = chunk(group, head_dim), load_queries(group, head_dim)
 
     @kernel(f"attention {group}x{head_dim}, few tokens")
     def attention(arguments, tile, thread):
@@ -171,7 +168,7 @@ def attention_chunks(group: int, head_dim: int) -> Kernel:
         k, v = keys + kv_head * page_bytes, values + kv_head * page_bytes
         for i in range(start, min(start + each, last + 1)):
             attend(base + i * group * result, queries, queries + queries_bytes, k, v, pages, heads * page_bytes,
-                   position, i, window, F32(softcap))  # fmt: skip
+                   position, 1, i, window, F32(softcap))  # fmt: skip
         if each < chunks:
             if atomic_add(counters + 64 * which, 1) < (chunks + each - 1) // each - 1:
                 return

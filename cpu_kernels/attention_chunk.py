@@ -132,26 +132,30 @@ def _add_values(group: int, tokens: int, head_dim: int):
 
 
 @functools.cache
-def chunk(group: int, tokens: int, head_dim: int):
-    """Numba function: attention of the query heads of `tokens` consecutive tokens over one chunk.
+def chunk(group: int, head_dim: int):
+    """Numba function: attention of the query heads of a token, or of a block's consecutive tokens, over one chunk.
 
     Its arguments: results, one for each token and head, of which those of tokens that see nothing of the chunk are left
-    alone; queries; memory for scores; where keys, values and pages lie; the first token's position; the chunk's number;
-    window and softcap.
+    alone; queries; memory for scores; where keys, values and pages lie; the first token's position and the number
+    of tokens, 1 or a block's; the chunk's number; window and softcap.
     """
     padded = padded_dim(head_dim)
-    score = _score_positions(group, tokens, head_dim)
-    add_all, add_one = _add_values(group, tokens, head_dim), _add_values(group, 1, head_dim)
+    block = block_tokens(group)
+    score_all, score_one = (_score_positions(group, n, head_dim) for n in (block, 1))
+    add_all, add_one = (_add_values(group, n, head_dim) for n in (block, 1))
     result, weights_each = result_bytes(padded), group * SCORE_STRIDE
     results = group * result
 
     @numba.njit(error_model="numpy")
-    @named(f"{group}x{tokens}x{head_dim}")
-    def attend(out, queries, work, keys, values, pages, page_step, position, index, window, softcap):
+    @named(f"{group}x{head_dim}")
+    def attend(out, queries, work, keys, values, pages, page_step, position, tokens, index, window, softcap):
         bottom, final = index * CHUNK, position + tokens - 1
         lowest, highest = max(visible(position, window), bottom), min(bottom + CHUNK, final + 1)
         origin = lowest // 16 * 16
-        score(work, queries, keys, values, pages, page_step, origin, (highest + 15) // 16 * 16)
+        if tokens == 1:
+            score_one(work, queries, keys, values, pages, page_step, origin, (highest + 15) // 16 * 16)
+        else:
+            score_all(work, queries, keys, values, pages, page_step, origin, (highest + 15) // 16 * 16)
         for t in range(tokens):
             start, end = max(visible(position + t, window), bottom), min(bottom + CHUNK, position + t + 1)
             if start < end:

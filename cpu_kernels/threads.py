@@ -192,7 +192,8 @@ def _work(pool, thread, run):
 
 
 def _worker(pool, thread):
-    seen = atomic_load(pool + RUN)
+    # As in fresh memory: a thread that starts late must not miss the end of the pool.
+    seen = 0
     while True:
         spins = 0
         while atomic_load(pool + RUN) == seen:

@@ -200,8 +200,9 @@ class CpuOps(Ops):
         padded = -(-spec.head_dim // 16) * 16
         page_bytes = page * padded * 2
         # Zeros that the system provides when first touched: a long context costs memory only as it fills.
-        keys, values = (np.zeros((spec.n_layers, pages, spec.n_kv_heads, page * padded), np.float16) for _ in range(2))
         layer_bytes = pages * spec.n_kv_heads * page_bytes
+        shape = (spec.n_layers, pages, spec.n_kv_heads, page * padded)
+        keys, values = (_zeros(spec.n_layers * layer_bytes).view(np.float16).reshape(shape) for _ in range(2))
         return _Pages(keys, values, layer_bytes, page_bytes, spec.n_kv_heads, spec.head_dim, spec.group)
 
     def run(self, step: Step, cache: KVCache, body: Body, name: str = "logits") -> NDArray[np.float32]:
@@ -487,6 +488,13 @@ def _embed_kernel(form: Format) -> Kernel:
     if form.layout and form.layout.kind in ("k16", "k32"):
         return pack.embed_byte_scales
     return pack.embed_quantized if form.layout else pack.embed_floats
+
+
+def _zeros(nbytes: int) -> NDArray[np.uint8]:
+    """Zeros that start on a cache line: vectors that straddle two cost a tenth of attention's speed."""
+    raw = np.zeros(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes]
 
 
 def _padded(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -48,12 +48,12 @@ def test_an_edited_intrinsic_is_compiled_anew(tmp_path: Path) -> None:
 
 def test_shapes_of_a_kernel_have_names_of_their_own() -> None:
     """Their machine code is found by label across processes, so one must not stand for two shapes."""
-    makers = (attention.attention_tokens, attention.attention_chunks, attention.attention_merge)
+    makers = (attention.attention_tokens, attention.attention_chunks)
     made = [maker(*shape) for maker in makers for shape in ((1, 16), (2, 16), (1, 32))]
     forms = ((4, 32, "f16", False), (4, 32, "f16", True), (4, 64, "f16", True), (8, 32, "f16", True))
     made += [maker(Layout(*form)) for maker in (gemm, gemv) for form in forms]
     made += [float_linear(kind) for kind in ("f32", "f16")]
     for names in ([kernel.function.__qualname__ for kernel in made], [kernel.label for kernel in made]):
         assert len(set(names)) == len(names)
-    chunks = [attention._chunk(*shape).py_func.__qualname__ for shape in ((1, 16), (2, 16), (1, 32))]
+    chunks = [attention.chunk(*shape).py_func.__qualname__ for shape in ((1, 16), (2, 16), (1, 32))]
     assert len(set(chunks)) == 3
