@@ -7,14 +7,15 @@ depends on its row alone, so that a token's sums are the same in any company.
 
 A panel holds `width` tokens of n inputs (G = n / 32 groups):
 
-    [n/4][width] quads of the first plane, 4 bytes
+    [n/4][width] quads of the first plane, 4 bytes; if the width is 16: [G][width] runs of 32 bytes
     [G][width] scale d, float32
     [G][width] sum of both planes as a float32 number, which biases are multiplied by
     [G][width] sum of the first plane, int32, then the same of the first 16 of 32 inputs
     its fine groups, by group and then token: their count (64 bytes), then for each 64 bytes: group and token, the scale
     d / 256, the sum of the second plane and that of its first 16 inputs (4 bytes each), and from byte 32 that plane
 
-A single token is a panel of width 1.
+A single token is a panel of width 1. The width of 16 is for Intel's tile instructions (AMX), to which a group's tokens
+are the rows of a matrix.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import math
 import numba
 import numpy as np
 
+from cpu_kernels import amx
 from cpu_kernels.integer_dots import instruction_set
 from cpu_kernels.simd import (
     absolute,
@@ -51,6 +53,8 @@ F32 = np.float32
 FINE = 4.0
 """A group is fine if its largest value exceeds this many times the row's root mean square. Every sixth group of SmolLM2
 is, and of the tokens that one plane would change, two of three are kept."""
+TILE = 16
+"""Tokens of a panel for tile instructions."""
 FINE_GROUP = 64
 """Bytes of a fine group."""
 SCALE, SUM, HALF_SUM, PLANE = 8, 12, 16, 32
@@ -58,7 +62,12 @@ SCALE, SUM, HALF_SUM, PLANE = 8, 12, 16, 32
 
 
 def panel_widths() -> tuple[int, ...]:
-    """Tokens of a panel, the widest first: as many as there are registers for; the rest of a batch takes a narrower."""
+    """Tokens of a panel, the widest first: as many as there are registers for; the rest of a batch takes a narrower.
+
+    Where there are tiles, vectors multiply that rest if it is half a tile's or less, in about the time of a tile.
+    """
+    if amx.tiles():
+        return TILE, 8, 4
     return (12, 8, 4) if instruction_set() == "vnni512" else (4,)
 
 
@@ -103,9 +112,13 @@ def _quantize_group(x, rms, panel, n, width, token, group, fine):
     inverse = F32(127) / peak if peak > F32(1e-30) else F32(0)
     step = splat_f32(inverse)
     h0, h1 = round_to_i32(mul(v0, step)), round_to_i32(mul(v1, step))
-    quads = panel + group * 32 * width + 4 * token
-    store_quads(quads, 4 * width, h0)
-    store_quads(quads + 16 * width, 4 * width, h1)
+    plane = panel + group * 32 * width
+    if width == TILE:
+        store_i8(plane + 32 * token, h0)
+        store_i8(plane + 32 * token + 16, h1)
+    else:
+        store_quads(plane + 4 * token, 4 * width, h0)
+        store_quads(plane + 4 * token + 16 * width, 4 * width, h1)
     sums = total_of_each(h0, h1)
     half = sums << 32 >> 32
     high = half + (sums >> 32)
@@ -157,5 +170,8 @@ def quantize_rows(x, stride, count, panel, n, width):
 
 @numba.njit(error_model="numpy")
 def _clear(panel, n, width, token):
-    for number in range(n // 4 + n // 8):
+    for quad in range(n // 4):
+        place = quad // 8 * 8 * width + 8 * token + quad % 8 if width == TILE else quad * width + token
+        set_i32(panel + 4 * place, 0)
+    for number in range(n // 4, n // 4 + n // 8):
         set_i32(panel + 4 * (number * width + token), 0)

@@ -1,7 +1,7 @@
 """Quantized weights times many tokens.
 
-A tile of 16 rows is unpacked once, whatever its format, to bytes and float scales, which stay in the caches while
-panels of tokens pass. A panel's sums stay in registers from the first input to the last.
+A tile of 16 rows is unpacked once and stays in the caches while panels of tokens pass. A panel's sums stay in registers
+from the first input to the last.
 """
 
 from __future__ import annotations
@@ -13,45 +13,20 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cpu_kernels import simd
-from cpu_kernels.codes import FINE_GROUP, HALF_SUM, PLANE, SCALE, SUM, fine_at, panel_bytes, panel_widths
+from cpu_kernels import amx, simd
+from cpu_kernels.codes import FINE_GROUP, HALF_SUM, PLANE, SCALE, SUM, TILE, fine_at, panel_bytes, panel_widths
 from cpu_kernels.compile import Kernel, kernel, named, unpack
 from cpu_kernels.finish import finish
+from cpu_kernels.gemm_amx import tile_product, tile_state
 from cpu_kernels.integer_dots import instruction_set, integer_dots
 from cpu_kernels.simd import I64, add, load_f32, offset, store_f32, zeros
 from cpu_kernels.tiles import Layout, dots, gained, starting
-
-
-def _group_bytes(layout: Layout) -> int:
-    """Bytes of 32 inputs of an unpacked tile: 8 vectors of codes, then scales by part, then the bias if any."""
-    return 512 + 64 * (layout.parts + (not layout.symmetric))
+from cpu_kernels.unpacked import gain, group_bytes, start_of_token, unpack_tile
 
 
 def scratch_bytes(layout: Layout, inputs: int) -> int:
     """Memory that each thread needs: a panel's sums, those of its fine parts, and an unpacked tile."""
-    return 2 * 64 * panel_widths()[0] + inputs // 32 * _group_bytes(layout)
-
-
-@functools.cache
-def _unpack_tile(layout: Layout):
-    """Intrinsic: unpacks a tile of 16 rows."""
-
-    @intrinsic
-    def unpack_tile(context, unpacked, tile, groups):
-        def codegen(ctx, b, signature, args):
-            unpacked, tile, groups = args
-            with cgutils.for_range(b, groups) as loop:
-                address, scales, bias = layout.group(b, tile, loop.index)
-                at = b.add(unpacked, b.mul(loop.index, I64(_group_bytes(layout))))
-                for j, code in enumerate(layout.codes(b, address)):
-                    b.store(code, simd.pointer(b, offset(b, at, 64 * j), simd.B.llvm), align=4)
-                for i, number in enumerate([*scales, bias] if bias is not None else scales):
-                    simd.store_f32.build(b, offset(b, at, 512 + 64 * i), number)
-            return ctx.get_dummy_value()
-
-        return types.void(*[types.int64] * 3), codegen
-
-    return unpack_tile
+    return 2 * 64 * panel_widths()[0] + inputs // 32 * group_bytes(layout)
 
 
 @functools.cache
@@ -68,19 +43,12 @@ def _panel_product(layout: Layout, width: int):
             numbers = b.add(panel, b.mul(inputs, I64(width)))
             totals = [cgutils.alloca_once_value(b, simd.floats(0)) for _ in range(width)]
             with cgutils.for_range(b, groups) as loop:
-                at = b.add(unpacked, b.mul(loop.index, I64(_group_bytes(layout))))
+                at = b.add(unpacked, b.mul(loop.index, I64(group_bytes(layout))))
                 quads = b.add(panel, b.mul(loop.index, I64(32 * width)))
                 number = b.add(numbers, b.mul(loop.index, I64(4 * width)))
-                starts = [_starts(b, layout, number, block, t) for t in range(width)]
+                starts = [start_of_token(b, layout, number, block, t) for t in range(width)]
                 sums = multiply(b, layout, at, quads, starts)
-                scales = [simd.load_f32.build(b, offset(b, at, 512 + 64 * i)) for i in range(layout.parts)]
-                bias = None if layout.symmetric else simd.load_f32.build(b, offset(b, at, 512 + 64 * layout.parts))
-                for t in range(width):
-                    here = offset(b, number, 4 * t)
-                    value = gained(b, b.load(totals[t]), sums[t], simd.splat_f32_at.build(b, here), scales)
-                    if bias is not None:
-                        value = simd.fma.build(b, bias, simd.splat_f32_at.build(b, b.add(here, block)), value)
-                    b.store(value, totals[t])
+                gain(b, layout, at, number, block, totals, sums)
             for t in range(width):
                 simd.store_f32.build(b, offset(b, out, 64 * t), b.load(totals[t]))
             return ctx.get_dummy_value()
@@ -108,11 +76,6 @@ def _vector_by_vector(b, layout, unpacked, quads, starts):
     return sums
 
 
-def _starts(b, layout, number, block, token):
-    sums_at = b.add(offset(b, number, 4 * token), b.mul(block, I64(2)))
-    return starting(b, layout, sums_at, b.add(sums_at, block))
-
-
 @functools.cache
 def _fine_products(layout: Layout):
     """Intrinsic: adds to 16 sums of each token what the second planes of a panel's fine groups give."""
@@ -123,7 +86,7 @@ def _fine_products(layout: Layout):
             sums, unpacked, fine = args
             with cgutils.for_range(b, simd.i64_at.build(b, fine)) as loop:
                 entry = b.add(offset(b, fine, 64), b.mul(loop.index, I64(FINE_GROUP)))
-                at = b.add(unpacked, b.mul(simd.i32_at.build(b, entry), I64(_group_bytes(layout))))
+                at = b.add(unpacked, b.mul(simd.i32_at.build(b, entry), I64(group_bytes(layout))))
                 codes = [simd.load_bytes.build(b, offset(b, at, 64 * j)) for j in range(8)]
                 scales = [simd.load_f32.build(b, offset(b, at, 512 + 64 * i)) for i in range(layout.parts)]
                 starts = starting(b, layout, offset(b, entry, SUM), offset(b, entry, HALF_SUM))
@@ -138,7 +101,6 @@ def _fine_products(layout: Layout):
     return fine_products
 
 
-@functools.cache
 def gemm(layout: Layout) -> Kernel:
     """Kernel: out = tokens x W^T (+ bias) (+ residual), for tokens in panels.
 
@@ -149,12 +111,19 @@ def gemm(layout: Layout) -> Kernel:
     number of tokens, panels of one piece of work, inputs, width of the last panel, bias, residual (0 for none) and its
     stride, scratch memory and bytes of it for each thread.
     """
+    return _gemm(layout, amx.tiles())
+
+
+@functools.cache
+def _gemm(layout: Layout, tiles: amx.Tiles | None) -> Kernel:
+    label = f"{layout.label} {tiles.name}" if tiles else layout.label
     widths = panel_widths()
     widest = widths[0]
-    unpack_tile, fine_products = _unpack_tile(layout), _fine_products(layout)
-    product = _by_width(layout, widths)
+    unpack_row, fine_products = unpack_tile(layout), _fine_products(layout)
+    product = _by_width(layout, widths, tiles, label)
+    configure, release = tile_state(layout, tiles)
 
-    @kernel(f"gemm {layout.label}")
+    @kernel(f"gemm {label}")
     def gemm(arguments, tile, thread):
         (out, out_stride, weight, tile_bytes, n_tiles, each, panels, n_tokens, panels_each, inputs, last_width, bias,
          residual, residual_stride, scratch, scratch_each) = unpack(arguments, "iiiiiiiiiiiiiiii")  # fmt: skip
@@ -164,8 +133,9 @@ def gemm(layout: Layout) -> Kernel:
         sums = scratch + thread * scratch_each
         fine_sums = sums + 64 * widest
         unpacked = fine_sums + 64 * widest
+        configure()
         for row in range(first, min(first + each, n_tiles)):
-            unpack_tile(unpacked, weight + row * tile_bytes, inputs // 32)
+            unpack_row(unpacked, weight + row * tile_bytes, inputs // 32)
             for index in range(first_panel, min(first_panel + panels_each, n_panels)):
                 panel = panels + index * panel_bytes(inputs, widest)
                 width = last_width if index == n_panels - 1 else widest
@@ -178,18 +148,19 @@ def gemm(layout: Layout) -> Kernel:
                     place = index * widest + t
                     r = residual + place * residual_stride + row * 64 if residual != 0 else 0
                     finish(y, out + place * out_stride + row * 64, bias + row * 64 if bias != 0 else 0, r)
+        release()
 
     return gemm
 
 
-def _by_width(layout: Layout, widths: tuple[int, ...]):
+def _by_width(layout: Layout, widths: tuple[int, ...], tiles: amx.Tiles | None, label: str):
     """Numba function that multiplies a panel of one of the widths."""
-    products = [_panel_product(layout, w) for w in widths]
+    products = [tile_product(layout, tiles) if w == TILE else _panel_product(layout, w) for w in widths]
     if len(widths) == 1:
         (only,) = products
 
         @numba.njit(error_model="numpy")
-        @named(layout.label)
+        @named(label)
         def product(sums, unpacked, panel, inputs, width):
             only(sums, unpacked, panel, inputs)
     else:
@@ -197,7 +168,7 @@ def _by_width(layout: Layout, widths: tuple[int, ...]):
         first, second, _third = widths
 
         @numba.njit(error_model="numpy")
-        @named(layout.label)
+        @named(label)
         def product(sums, unpacked, panel, inputs, width):
             if width == first:
                 widest(sums, unpacked, panel, inputs)

@@ -81,12 +81,14 @@ def _machine() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
+    from cpu_kernels import amx
     from cpu_kernels.code_cache import ENDING, cache_folder
     from cpu_kernels.integer_dots import instruction_set
 
-    folder = cache_folder()
+    folder, obstacle = cache_folder(), amx.obstacle()
     return {
         "instruction_set": instruction_set(),
+        "amx": f"no: {obstacle}" if obstacle else "yes",
         "cache_folder": str(folder),
         "compiled": sum(1 for _ in folder.glob(f"*{ENDING}")),
     }
@@ -143,6 +145,7 @@ def _for_people(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         },
         "Kernels": {
             "instruction set": kernels["instruction_set"],
+            "amx": kernels["amx"],
             "compiled": compiled if kernels["compiled"] else f"none yet: the first model takes longer ({compiled})",
         },
         "Backends": report["backends"],
