@@ -52,7 +52,7 @@ LINE = 64
 """Bytes between counters: of each operation the tiles done, then the next tile of each thread's range."""
 RUN_BIT = 28
 """Counters hold the number of the run from this bit on."""
-AHEAD = 256 << 10
+AHEAD = 512 << 10
 """Bytes of later weights that a waiting thread fetches: a part of its second-level cache."""
 SPINS = 1000
 """Turns of a spin loop before sleeping: some 20 microseconds."""
