@@ -10,9 +10,10 @@ A panel holds `width` tokens of n inputs (G = n / 32 groups):
     [n/4][width] quads of the first plane, 4 bytes; if the width is 16: [G][width] runs of 32 bytes
     [G][width] scale d, float32
     [G][width] sum of both planes as a float32 number, which biases are multiplied by
-    [G][width] sum of the first plane, int32, then the same of the first 16 of 32 inputs
+    [G][width] sum of the first plane, negative, int32, then the same of the first 16 of 32 inputs
     its fine groups, by group and then token: their count (64 bytes), then for each 64 bytes: group and token, the scale
-    d / 256, the sum of the second plane and that of its first 16 inputs (4 bytes each), and from byte 32 that plane
+    d / 256, the sum of the second plane and that of its first 16 inputs, both negative (4 bytes each), and from byte 32
+    that plane
 
 A single token is a panel of width 1. The width of 16 is for Intel's tile instructions (AMX), to which a group's tokens
 are the rows of a matrix.
@@ -132,8 +133,8 @@ def _quantize_group(x, rms, panel, n, width, token, group, fine):
         set_i32(fine, group)
         set_i32(fine + 4, token)
         set_f32(fine + SCALE, d / F32(256))
-        set_i32(fine + SUM, low)
-        set_i32(fine + HALF_SUM, sums << 32 >> 32)
+        set_i32(fine + SUM, -low)
+        set_i32(fine + HALF_SUM, -(sums << 32 >> 32))
         store_i8(fine + PLANE, l0)
         store_i8(fine + PLANE + 16, l1)
         both += F32(low) * (d / F32(256))
@@ -142,8 +143,8 @@ def _quantize_group(x, rms, panel, n, width, token, group, fine):
     number = panel + n * width + 4 * (group * width + token)
     set_f32(number, d)
     set_f32(number + block, both)
-    set_i32(number + 2 * block, high)
-    set_i32(number + 3 * block, half)
+    set_i32(number + 2 * block, -high)
+    set_i32(number + 3 * block, -half)
     return fine
 
 

@@ -135,7 +135,7 @@ def dots(b: Any, layout: Layout, codes: list[Any], quads: Any, quad_stride: int,
 
 
 def starting(b: Any, layout: Layout, total_at: Any, half_at: Any) -> list[Any]:
-    """Where the sums of `dots` start: 0, or minus the middle code times the sum of the activations."""
+    """Where the sums of `dots` start: 0, or the middle code times the negative sum of the activations."""
     if not layout.symmetric:
         return [simd.ints(0)]
     whole = simd.splat_i32_at.build(b, total_at)
@@ -143,7 +143,7 @@ def starting(b: Any, layout: Layout, total_at: Any, half_at: Any) -> list[Any]:
     if layout.parts == 2:
         half = simd.splat_i32_at.build(b, half_at)
         sums = [half, b.sub(whole, half)]
-    return [b.sub(simd.ints(0), b.shl(s, simd.ints(layout.bits - 1))) for s in sums]
+    return [b.shl(s, simd.ints(layout.bits - 1)) for s in sums]
 
 
 def gained(b: Any, total: Any, products: list[Any], scale: Any, scales: list[Any]) -> Any:

@@ -247,7 +247,7 @@ class CpuOps(Ops):
                 del programs[next(iter(programs))]
             program.load(step, attention.tile_positions(int(step.positions.max()) + 1))
             if self._profile is None:
-                program.run(self.pool, at_once=len(step.tokens) <= FEW_TOKENS)
+                program.run(self.pool)
             else:
                 add_times(self._profile, program, self.pool)
             return program.result.copy()
@@ -400,7 +400,8 @@ class CpuOps(Ops):
     def _gemv(self, place: _Place, layout: Layout, x: Buffer, extra: tuple[Any, ...]) -> None:
         panel, thread_bytes = self._own_codes(x)
         arguments = (place.out, *place.tile, panel, thread_bytes, x.width, *extra[:2])
-        self._program.add(gemv(layout), place.pieces, arguments, first=x.first, weights=place.weights)
+        work = x.width * place.tiles.rows
+        self._program.add(gemv(layout), place.pieces, arguments, first=x.first, weights=place.weights, work=work)
 
     def _gemm(self, place: _Place, layout: Layout, x: Buffer, extra: tuple[Any, ...]) -> None:
         address, last = self._panels(x)
@@ -408,8 +409,8 @@ class CpuOps(Ops):
         each, scratch = self._share(place.pieces, n_panels), gemm_scratch(layout, x.width)
         shape = (address, x.rows, each, x.width, last)
         arguments = (place.out, place.stride, *place.tile, *shape, *extra, self._scratch_memory("gemm", scratch))
-        tiles = place.pieces * -(-n_panels // each)
-        self._program.add(gemm(layout), tiles, (*arguments, scratch), weights=place.weights)
+        tiles, work = place.pieces * -(-n_panels // each), x.rows * x.width * place.tiles.rows
+        self._program.add(gemm(layout), tiles, (*arguments, scratch), weights=place.weights, work=work)
 
     def _float_linear(self, place: _Place, x: Buffer, extra: tuple[Any, ...]) -> None:
         n, form = x.rows, place.tiles.format
@@ -417,9 +418,9 @@ class CpuOps(Ops):
         each, scratch = self._share(place.pieces, n), float_scratch()
         shape = (address, x.stride_bytes, thread_bytes, n, each, form.inputs)
         arguments = (place.out, place.stride, *place.tile, *shape, *extra, self._scratch_memory("float", scratch))
-        tiles = place.pieces * -(-n // each)
+        tiles, work = place.pieces * -(-n // each), n * form.inputs * place.tiles.rows
         kernel = float_linear(form.kind)
-        self._program.add(kernel, tiles, (*arguments, scratch), first=first, weights=place.weights)
+        self._program.add(kernel, tiles, (*arguments, scratch), first=first, weights=place.weights, work=4 * work)
 
     def _share(self, pieces: int, n: int) -> int:
         """How many of n tokens or panels are one piece of work, if there are so many pieces along the rows."""
@@ -471,17 +472,19 @@ class CpuOps(Ops):
         source = (q.address, q.stride_bytes, *self._where(step, cache), *self._layer(pages, layer))
         memory = (pages.page_bytes, pages.kv_heads, self._scratch_memory("attention", scratch), scratch)
         common = (*source, *memory, *rotation, window, float(scale), float(softcap))
+        # Two products, in float32, which take four times as long as those of int8.
+        work = 8 * q.rows * q.width * cache.capacity
         if q.rows > FEW_TOKENS:
             each = attention.tokens_each(pages.group, step.positions, step.slots)
             tiles = -(-q.rows // each) * pages.kv_heads
             place: tuple[Any, ...] = (out.address, out.stride_bytes, q.rows, each)
-            self._program.add(attention.attention_tokens(*shape), tiles, (*place, *common))
+            self._program.add(attention.attention_tokens(*shape), tiles, (*place, *common), work=work)
             return out
         tiles, most = q.rows * pages.kv_heads, -(-cache.capacity // attention.CHUNK)
         parts = Block(self._program.memory, tiles * most * attention.part_bytes(*shape))
         counters = np.zeros(tiles * 8, np.int64)
         place = (out.address, out.stride_bytes, parts.address, most, self._program.chunks, counters)
-        self._program.add(attention.attention_chunks(*shape), tiles, (*place, *common), by_chunks=True)
+        self._program.add(attention.attention_chunks(*shape), tiles, (*place, *common), by_chunks=True, work=work)
         return out
 
     def activation(self, x: Buffer, kind: str, gated: bool) -> Buffer:

@@ -7,6 +7,7 @@ memory whose Python owner is gone by then can be given to later operations of th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from cpu_kernels.compile import Kernel
 from cpu_kernels.threads import FIELDS, RUN_BIT, ThreadPool
 from ondevice.ops.base import Step
 
-SLICE = 1
-"""Operations between two looks at Python's signals while a prompt is read: one of a large model takes 0.2 s."""
+SLICE = 4e9
+"""Multiplications between two looks at Python's signals: some 20 ms on two cores, and not a second on a slow one."""
 
 
 def aligned(nbytes: int) -> NDArray[np.uint8]:
@@ -88,6 +89,7 @@ class Program:
         self._arguments: list[int] = []
         self._alive: list[Any] = []
         self._by_chunks: list[int] = []
+        self._work: list[float] = []
         self.parts: list[str] = []
         self.part = ""
         self.memory = _Memory()
@@ -104,6 +106,7 @@ class Program:
         by_chunks: bool = False,
         first: tuple[Kernel, int] | None = None,
         weights: Weights | None = None,
+        work: float = 0,
     ) -> None:
         """Appends an operation.
 
@@ -113,6 +116,7 @@ class Program:
             arguments: integers, floats, and arrays, which are passed by address and kept alive.
             first: what each thread does before its first tile: a kernel and where `store` put its arguments.
             weights: what the operation reads, where fetching it ahead may pay.
+            work: multiplications, at most.
         """
         if tiles >= 1 << RUN_BIT:
             raise ValueError(f"an operation of {tiles} tiles; at most {(1 << RUN_BIT) - 1} can be counted")
@@ -121,6 +125,7 @@ class Program:
         before = (first[0].address, first[1]) if first else (0, -1)
         self._records.append((kernel.address, self.store(arguments), tiles, *before))
         self._weights.append(weights)
+        self._work.append(work)
         self.parts.append(self.part)
 
     def store(self, arguments: Sequence[Any]) -> int:
@@ -155,6 +160,12 @@ class Program:
                 row[5:] = following.address, following.each, following.pieces
             following = weights or following
         self._table = table
+        self._slices, done = [0], 0.0
+        for i, work in enumerate(self._work, 1):
+            done += work
+            if done > SLICE or i == len(self._work):
+                self._slices.append(i)
+                done = 0
         self._base_tiles = table[self._by_chunks, 2].copy()
 
     def load(self, step: Step, chunk: int) -> None:
@@ -168,11 +179,10 @@ class Program:
         self.chunks[0] = chunks
         self._table[self._by_chunks, 2] = self._base_tiles * chunks
 
-    def run(self, pool: ThreadPool, at_once: bool = True) -> None:
-        """Runs all operations; not at_once returns to Python now and then, so that Ctrl+C is heard."""
-        n = len(self._table)
-        for first in range(0, n, n if at_once else SLICE):
-            pool.run(self._table, first, n if at_once else min(SLICE, n - first))
+    def run(self, pool: ThreadPool) -> None:
+        """Runs all operations; a long program returns to Python now and then, so that Ctrl+C is heard."""
+        for first, end in itertools.pairwise(self._slices):
+            pool.run(self._table, first, end - first)
 
     def measure(self, pool: ThreadPool) -> NDArray[np.int64]:
         """Runs all operations. Returns nanoseconds [operations, threads, 2]: worked, and waited for others."""
