@@ -31,13 +31,16 @@ def scratch_bytes(layout: Layout, inputs: int) -> int:
 
 @functools.cache
 def _panel_product(layout: Layout, width: int):
-    """Intrinsic: an unpacked tile times a panel; stores 16 sums for each of its tokens, without their fine parts."""
+    """Intrinsic: an unpacked tile times a panel; stores 16 sums for each of its tokens, without their fine parts.
+
+    Meanwhile it fetches another tile: between one unpacking and the next, memory would have nothing to do.
+    """
     multiply = _vector_by_vector if instruction_set() == "vnni512" else _token_by_token
 
     @intrinsic
-    def panel_product(context, out, unpacked, panel, inputs):
+    def panel_product(context, out, unpacked, panel, inputs, coming):
         def codegen(ctx, b, signature, args):
-            out, unpacked, panel, inputs = args
+            out, unpacked, panel, inputs, coming = args
             groups = b.lshr(inputs, I64(5))
             block = b.mul(groups, I64(4 * width))
             numbers = b.add(panel, b.mul(inputs, I64(width)))
@@ -49,11 +52,14 @@ def _panel_product(layout: Layout, width: int):
                 starts = [start_of_token(b, layout, number, block, t) for t in range(width)]
                 sums = multiply(b, layout, at, quads, starts)
                 gain(b, layout, at, number, block, totals, sums)
+                nbytes = layout.group_bytes * 32 // layout.group_size
+                for line in range(0, nbytes, 64):
+                    simd.prefetch_l2.build(b, offset(b, b.add(coming, b.mul(loop.index, I64(nbytes))), line))
             for t in range(width):
                 simd.store_f32.build(b, offset(b, out, 64 * t), b.load(totals[t]))
             return ctx.get_dummy_value()
 
-        return types.void(*[types.int64] * 4), codegen
+        return types.void(*[types.int64] * 5), codegen
 
     return panel_product
 
@@ -139,7 +145,7 @@ def _gemm(layout: Layout, tiles: amx.Tiles | None) -> Kernel:
             for index in range(first_panel, min(first_panel + panels_each, n_panels)):
                 panel = panels + index * panel_bytes(inputs, widest)
                 width = last_width if index == n_panels - 1 else widest
-                product(sums, unpacked, panel, inputs, width)
+                product(sums, unpacked, panel, inputs, weight + (row + 1) * tile_bytes, width)
                 for t in range(width):
                     store_f32(fine_sums + 64 * t, zeros())
                 fine_products(fine_sums, unpacked, panel + fine_at(inputs, width))
@@ -155,26 +161,37 @@ def _gemm(layout: Layout, tiles: amx.Tiles | None) -> Kernel:
 
 def _by_width(layout: Layout, widths: tuple[int, ...], tiles: amx.Tiles | None, label: str):
     """Numba function that multiplies a panel of one of the widths."""
-    products = [tile_product(layout, tiles) if w == TILE else _panel_product(layout, w) for w in widths]
+    products = [_alone(tile_product(layout, tiles), label) if w == TILE else _panel_product(layout, w) for w in widths]
     if len(widths) == 1:
         (only,) = products
 
         @numba.njit(error_model="numpy")
         @named(label)
-        def product(sums, unpacked, panel, inputs, width):
-            only(sums, unpacked, panel, inputs)
+        def product(sums, unpacked, panel, inputs, coming, width):
+            only(sums, unpacked, panel, inputs, coming)
     else:
         widest, middle, narrow = products
         first, second, _third = widths
 
         @numba.njit(error_model="numpy")
         @named(label)
-        def product(sums, unpacked, panel, inputs, width):
+        def product(sums, unpacked, panel, inputs, coming, width):
             if width == first:
-                widest(sums, unpacked, panel, inputs)
+                widest(sums, unpacked, panel, inputs, coming)
             elif width == second:
-                middle(sums, unpacked, panel, inputs)
+                middle(sums, unpacked, panel, inputs, coming)
             else:
-                narrow(sums, unpacked, panel, inputs)
+                narrow(sums, unpacked, panel, inputs, coming)
+
+    return product
+
+
+def _alone(multiply, label: str):
+    """A product that fetches nothing meanwhile: tile instructions serve prompts, whose weights are read once."""
+
+    @numba.njit(error_model="numpy")
+    @named(label)
+    def product(sums, unpacked, panel, inputs, _coming):
+        multiply(sums, unpacked, panel, inputs)
 
     return product
