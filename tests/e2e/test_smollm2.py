@@ -87,14 +87,15 @@ def greedy(model: Model, ids: list[int], length: int) -> tuple[list[int], list[N
 
 @pytest.mark.parametrize("row", GREEDY, ids=[row["prompt"][:30] for row in GREEDY])
 def test_greedy_text_is_llama_cpps(smollm2: Model, row: dict[str, list[int]]) -> None:
-    """Equal for 16 tokens where llama.cpp computes in floats. Where it rounds activations to 8 bits, only choices that
-    were nearly a tie may come out otherwise."""
+    """Up to the first choice that was nearly a tie: both round activations to 8 bits, llama.cpp all of them, and not at
+    all on weights in float32. (Measured: at most 0.12 against its floats, 0.23 against its 8 bits, where logits have a
+    standard deviation of 3 to 4.)"""
     tokens, logits = greedy(smollm2, row["ids"], 64)
-    assert tokens[:16] == row["float32"][:16]
-    for ours, theirs, scores in zip(tokens, row["q4_1"], logits):
-        if ours != theirs:
-            assert scores[ours] - scores[theirs] < 0.5
-            break
+    for golden, margin in (("float32", 0.2), ("q4_1", 0.5)):
+        for ours, theirs, scores in zip(tokens, row[golden], logits):
+            if ours != theirs:
+                assert scores[ours] - scores[theirs] < margin, golden
+                break
 
 
 def test_it_knows_the_capital_of_france(smollm2: Model) -> None:
