@@ -89,7 +89,7 @@ def greedy(model: Model, ids: list[int], length: int) -> tuple[list[int], list[N
 def test_greedy_text_is_llama_cpps(smollm2: Model, row: dict[str, list[int]]) -> None:
     """Up to the first choice that was nearly a tie: both round activations to 8 bits, llama.cpp all of them, and not at
     all on weights in float32. (Measured: at most 0.12 against its floats, 0.23 against its 8 bits, where logits have a
-    standard deviation of 3 to 4.)"""
+    standard deviation of about 3.)"""
     tokens, logits = greedy(smollm2, row["ids"], 64)
     for golden, margin in (("float32", 0.2), ("q4_1", 0.5)):
         for ours, theirs, scores in zip(tokens, row[golden], logits):
