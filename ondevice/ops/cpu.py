@@ -12,22 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_kernels import attention, codes, kv_pages, pack, rope, rows
+from cpu_kernels import attention, kv_pages, pack, rope, rows
 from cpu_kernels.compile import Kernel, compile_all
-from cpu_kernels.float_linear import float_linear
-from cpu_kernels.float_linear import scratch_bytes as float_scratch
-from cpu_kernels.gemm import gemm
-from cpu_kernels.gemm import scratch_bytes as gemm_scratch
-from cpu_kernels.gemv import gemv
 from cpu_kernels.threads import shared_pool
-from cpu_kernels.tiles import Layout
 from ondevice.checkpoint import tile_files
 from ondevice.checkpoint.quantization import Tensor, dequantize
 from ondevice.machine import default_threads
 from ondevice.ops.base import Body, Handle, Ops, Step
 from ondevice.ops.cpu_memory import WeightMemory
+from ondevice.ops.cpu_products import product_kernels, record_linear
 from ondevice.ops.cpu_profile import PartTime, add_times
-from ondevice.ops.cpu_program import Block, Program, Weights, aligned
+from ondevice.ops.cpu_program import Block, Program
+from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_tile_cache import TileCache
 from ondevice.ops.cpu_weights import FLOAT_CODES, Format, Tiles, pack_rows
 
@@ -41,78 +37,6 @@ FEW_TOKENS = 16
 """Up to here attention shares positions among threads, beyond it tokens."""
 KEPT_PROGRAMS = 4
 """Programs kept per cache: the decode step of the last batch sizes and the prompt chunks of the last lengths."""
-WORK_BYTES = 16384
-"""Weights that one tile of work reads: enough to outweigh fetching it, few enough to share work evenly."""
-PIECES = 8
-"""Tiles of work that a thread should have of a large product."""
-
-
-@dataclass(frozen=True, slots=True)
-class Producer:
-    """How rows are made; put off until it is known whether floats or int8 codes of them are wanted.
-
-    Args:
-        kernel: of `cpu_kernels.rows` or `rope`, whose arguments are where results go, these, and where codes go.
-        arguments: the ones in between.
-        source: what it reads, so that its memory is not given away before.
-    """
-
-    kernel: Kernel
-    arguments: tuple[Any, ...]
-    source: Buffer
-
-
-@dataclass(slots=True)
-class Buffer:
-    """Rows of float32 in a program's memory.
-
-    Args:
-        rows, width: its shape.
-        stride: of a row, in values.
-        block, address: the memory, of which several buffers may be parts; None and 0 while nobody needed the floats.
-        producer: what makes them then.
-        panels: int8 codes, once made.
-        first: what each thread does to make its own single row of codes, once recorded.
-    """
-
-    rows: int
-    width: int
-    stride: int
-    block: Block | None = None
-    address: int = 0
-    producer: Producer | None = None
-    panels: Block | None = None
-    first: tuple[Kernel, int] | None = None
-
-    @property
-    def stride_bytes(self) -> int:
-        """Bytes between rows."""
-        return self.stride * 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a product's results go, and its weights.
-
-    Args:
-        out, stride: address of the results, and bytes between their rows.
-        tiles: of weights.
-        each: tiles of one piece of work.
-        pieces: of work along the rows of weights.
-        weights: to be fetched ahead.
-    """
-
-    out: int
-    stride: int
-    tiles: Tiles
-    each: int
-    pieces: int
-    weights: Weights | None
-
-    @property
-    def tile(self) -> tuple[Any, ...]:
-        """What kernels are told of the weights."""
-        return self.tiles.data, self.tiles.format.tile_bytes, self.tiles.row_tiles, self.each
 
 
 def _unrotated(x: Buffer) -> tuple[Buffer, tuple[Any, int]]:
@@ -158,7 +82,7 @@ class CpuOps(Ops):
         self._tiles: TileCache | None = None
         self._kernels: dict[Kernel, None] = {}
         self._programs: weakref.WeakKeyDictionary[KVCache, dict[Any, Program]] = weakref.WeakKeyDictionary()
-        self._recording: Program | None = None
+        self._recording: Recording | None = None
         self._one_step = threading.Lock()
         self._scratch: dict[str, NDArray[np.uint8]] = {}
         self._profile: dict[str, PartTime] | None = None
@@ -177,9 +101,7 @@ class CpuOps(Ops):
     def _handle(self, use: str, runs: Sequence[Tiles]) -> Any:
         """What the decoder gets for tiles that serve as "linear", as "embedding", or as both ("tied")."""
         for tiles in runs if use != "embedding" else ():
-            layout = tiles.format.layout
-            needed = (gemv(layout), gemm(layout)) if layout else (float_linear(tiles.format.kind),)
-            self._kernels.update(dict.fromkeys(needed))
+            self._kernels.update(dict.fromkeys(product_kernels(tiles)))
         if use != "linear":
             self._kernels[_embed_kernel(runs[0].format)] = None
         return {"linear": runs, "embedding": runs[0], "tied": (runs[0], runs)}[use]
@@ -262,12 +184,13 @@ class CpuOps(Ops):
             self._profile = None
 
     def part(self, name: str) -> None:
-        self._program.part = name
+        self._now.program.part = name
 
     def _record(self, step: Step, body: Body) -> Program:
-        program = self._recording = Program(step)
+        program = Program(step)
+        self._recording = Recording(program, self.threads, self._scratch)
         try:
-            result: Buffer = self._floats(body(program.step))
+            result: Buffer = self._now.floats(body(program.step))
         finally:
             self._recording = None
         program.seal()
@@ -280,176 +203,59 @@ class CpuOps(Ops):
         return program
 
     @property
-    def _program(self) -> Program:
+    def _now(self) -> Recording:
         if self._recording is None:
             raise RuntimeError("operations of the CPU table are recorded inside run() only")
         return self._recording
-
-    def _new(self, n: int, width: int, span: int = 0) -> Buffer:
-        """A buffer of n rows. span: values that may be written to a row, where padding reaches beyond `width`."""
-        stride = -(-max(width, span) // 16) * 16
-        block = Block(self._program.memory, n * stride * 4)
-        return Buffer(n, width, stride, block, block.address)
-
-    def _later(self, n: int, width: int, kernel: Kernel, source: Buffer, arguments: tuple[Any, ...]) -> Buffer:
-        """A buffer that is made in the form in which it is wanted first."""
-        return Buffer(n, width, -(-width // 16) * 16, producer=Producer(kernel, arguments, source))
-
-    def _floats(self, x: Buffer) -> Buffer:
-        """The buffer, with its floats in memory."""
-        if x.block is None and x.producer is not None:
-            x.block = Block(self._program.memory, x.rows * x.stride_bytes)
-            x.address = x.block.address
-            arguments = (x.address, x.stride_bytes, 0, *x.producer.arguments, 0, 0, 1, 1, x.rows)
-            self._program.add(x.producer.kernel, x.rows, arguments)
-        return x
-
-    def _own_floats(self, x: Buffer) -> tuple[Any, int, tuple[Kernel, int] | None]:
-        """A single row of floats: its address, the bytes between the copies of threads, and how they make them."""
-        if x.block is not None or x.producer is None:
-            return x.address, 0, None
-        row = self._scratch_memory("row", x.stride_bytes)
-        arguments = (row, 0, x.stride_bytes, *x.producer.arguments, 0, 0, 1, 1, 1)
-        return row, x.stride_bytes, (x.producer.kernel, self._program.store(arguments))
-
-    def _own_codes(self, x: Buffer) -> tuple[Any, int]:
-        """A single row of int8 codes, made by each thread for itself: where, and the bytes between the threads' copies.
-
-        Rounding a row takes less time than waiting for another thread to do it.
-        """
-        each = codes.panel_bytes(x.width, 1)
-        panel, row = self._scratch_memory("panel", each), self._scratch_memory("row", x.stride_bytes)
-        if x.first is None:
-            producer = self._producer_of_codes(x)
-            arguments = (row, 0, x.stride_bytes, *producer.arguments, panel, each, 1, 1, 1)
-            x.first = producer.kernel, self._program.store(arguments)
-        return panel, each
-
-    def _producer_of_codes(self, x: Buffer) -> Producer:
-        if x.block is None and x.producer is not None:
-            return x.producer
-        return Producer(rows.quantize, (x.address, x.stride_bytes, x.width), x)
-
-    def _panels(self, x: Buffer) -> tuple[int, int]:
-        """int8 codes of several rows: their address, and the width of the last panel."""
-        widest, *_ = widths = codes.panel_widths()
-        rest = x.rows % widest or widest
-        last = min(w for w in widths if w >= rest)
-        if x.panels is None:
-            x.panels = Block(self._program.memory, -(-x.rows // widest) * codes.panel_bytes(x.width, widest))
-            each, producer = widest * x.stride_bytes, self._producer_of_codes(x)
-            out = self._scratch_memory("rows", each)
-            arguments = (out, x.stride_bytes, each, *producer.arguments, x.panels.address, 0, widest, last, x.rows)
-            self._program.add(producer.kernel, -(-x.rows // widest), arguments)
-        return x.panels.address, last
-
-    def _scratch_memory(self, use: str, each: int) -> NDArray[np.uint8]:
-        """Scratch for every thread; programs keep the one that they were recorded with alive."""
-        if len(self._scratch.get(use, ())) < each * self.threads:
-            self._scratch[use] = aligned(each * self.threads)
-        return self._scratch[use]
 
     # Operations
 
     def embed(self, table: Tiles, rows: Any, scale: float = 1.0, offset: int = 0) -> Buffer:
         form, layout = table.format, table.format.layout
-        out = self._new(len(rows), form.inputs)
+        out = self._now.new(len(rows), form.inputs)
         place = (out.address, out.stride_bytes, table.data, form.tile_bytes, rows, offset, form.inputs)
         how: tuple[int, ...] = (FLOAT_CODES.get(form.kind, 0),)
         if layout and layout.kind in ("k16", "k32"):
             how = (layout.bits, layout.symmetric)
         elif layout:
             how = (layout.bits, layout.group_size, layout.scale_bytes, layout.symmetric)
-        self._program.add(_embed_kernel(form), len(rows), (*place, *how, float(scale)))
+        self._now.program.add(_embed_kernel(form), len(rows), (*place, *how, float(scale)))
         return out
 
     def norm(self, x: Buffer, weight: _Norm, heads: int = 1) -> Buffer:
-        source, bias = self._floats(x), 0 if weight.bias is None else weight.bias
+        source, bias = self._now.floats(x), 0 if weight.bias is None else weight.bias
         settings = (bias, x.width // heads, heads, weight.centred, float(weight.eps))
         arguments = (source.address, source.stride_bytes, weight.weight, *settings)
-        out = self._later(x.rows, x.width, rows.norm, source, arguments)
+        out = self._now.later(x.rows, x.width, rows.norm, source, arguments)
         # Norms of heads never feed a linear.
-        return out if heads == 1 else self._floats(out)
+        return out if heads == 1 else self._now.floats(out)
 
     def linear(self, x: Buffer, weight: list[Tiles], residual: Buffer | None = None) -> Buffer:
-        starts = np.cumsum([0] + [t.rows for t in weight])
-        span = max(int(s) + 16 * t.row_tiles for s, t in zip(starts, weight))
-        out = self._new(x.rows, int(starts[-1]), span=span)
-        for start, tiles in zip(starts.tolist(), weight):
-            self._linear_part(out, start, x, tiles, self._floats(residual) if residual else None)
-        return out
-
-    def _linear_part(self, out: Buffer, start: int, x: Buffer, tiles: Tiles, residual: Buffer | None) -> None:
-        if not x.rows:
-            return
-        few = x.rows <= FEW_TOKENS
-        each = max(1, WORK_BYTES // tiles.format.tile_bytes) if few else 1
-        pieces = -(-tiles.row_tiles // each)
-        nbytes = each * tiles.format.tile_bytes
-        weights = Weights(tiles.data.ctypes.data, nbytes, pieces) if few else None
-        place = _Place(out.address + start * 4, out.stride_bytes, tiles, each, pieces, weights)
-        bias = 0 if tiles.bias is None else tiles.bias
-        extra = (bias, residual.address + start * 4, residual.stride_bytes) if residual else (bias, 0, 0)
-        if not tiles.format.layout:
-            self._float_linear(place, x, extra)
-        elif x.rows == 1:
-            self._gemv(place, tiles.format.layout, x, extra)
-        else:
-            self._gemm(place, tiles.format.layout, x, extra)
-
-    def _gemv(self, place: _Place, layout: Layout, x: Buffer, extra: tuple[Any, ...]) -> None:
-        panel, thread_bytes = self._own_codes(x)
-        arguments = (place.out, *place.tile, panel, thread_bytes, x.width, *extra[:2])
-        work = x.width * place.tiles.rows
-        self._program.add(gemv(layout), place.pieces, arguments, first=x.first, weights=place.weights, work=work)
-
-    def _gemm(self, place: _Place, layout: Layout, x: Buffer, extra: tuple[Any, ...]) -> None:
-        address, last = self._panels(x)
-        n_panels = -(-x.rows // codes.panel_widths()[0])
-        each, scratch = self._share(place.pieces, n_panels), gemm_scratch(layout, x.width)
-        shape = (address, x.rows, each, x.width, last)
-        arguments = (place.out, place.stride, *place.tile, *shape, *extra, self._scratch_memory("gemm", scratch))
-        tiles, work = place.pieces * -(-n_panels // each), x.rows * x.width * place.tiles.rows
-        self._program.add(gemm(layout), tiles, (*arguments, scratch), weights=place.weights, work=work)
-
-    def _float_linear(self, place: _Place, x: Buffer, extra: tuple[Any, ...]) -> None:
-        n, form = x.rows, place.tiles.format
-        address, thread_bytes, first = self._own_floats(x) if n == 1 else (self._floats(x).address, 0, None)
-        each, scratch = self._share(place.pieces, n), float_scratch()
-        shape = (address, x.stride_bytes, thread_bytes, n, each, form.inputs)
-        arguments = (place.out, place.stride, *place.tile, *shape, *extra, self._scratch_memory("float", scratch))
-        tiles, work = place.pieces * -(-n // each), n * form.inputs * place.tiles.rows
-        kernel = float_linear(form.kind)
-        self._program.add(kernel, tiles, (*arguments, scratch), first=first, weights=place.weights, work=4 * work)
-
-    def _share(self, pieces: int, n: int) -> int:
-        """How many of n tokens or panels are one piece of work, if there are so many pieces along the rows."""
-        parts = min(-(-PIECES * self.threads // pieces), -(-n // 4))
-        return -(-n // parts)
+        return record_linear(self._now, x, weight, residual)
 
     def split(self, x: Buffer, widths: Sequence[int]) -> list[Buffer]:
-        starts, source = np.cumsum([0, *widths[:-1]]), self._floats(x)
+        starts, source = np.cumsum([0, *widths[:-1]]), self._now.floats(x)
         return [
             Buffer(x.rows, width, x.stride, source.block, source.address + int(s) * 4)
             for s, width in zip(starts, widths)
         ]
 
     def rope(self, x: Buffer, heads: int, positions: Any, rope: Any) -> Buffer:
-        source = self._floats(x)
+        source = self._now.floats(x)
         arguments = (source.address, source.stride_bytes, positions, rope, heads, x.width // heads, rope.shape[1] // 2)
-        return self._later(x.rows, x.width, _rope_kernel, source, arguments)
+        return self._now.later(x.rows, x.width, _rope_kernel, source, arguments)
 
     def append(self, cache: KVCache, layer: int, k: Buffer, v: Buffer, step: Step) -> None:
         pages: _Pages = cache.pages
         padded = attention.padded_dim(pages.head_dim)
         k, rotation = _unrotated(k)
-        k, v = self._floats(k), self._floats(v)
+        k, v = self._now.floats(k), self._now.floats(v)
         source = (k.address, k.stride_bytes, v.address, v.stride_bytes)
         sizes = (pages.page_bytes, pages.kv_heads, pages.head_dim, padded)
         scratch = padded * 4
         place = (*self._where(step, cache), *self._layer(pages, layer), *sizes)
-        arguments = (*source, *place, *rotation, self._scratch_memory("append", scratch), scratch)
-        self._program.add(kv_pages.append, k.rows, arguments)
+        arguments = (*source, *place, *rotation, self._now.scratch("append", scratch), scratch)
+        self._now.program.add(kv_pages.append, k.rows, arguments)
 
     @staticmethod
     def _where(step: Step, cache: KVCache) -> tuple[Any, ...]:
@@ -466,11 +272,11 @@ class CpuOps(Ops):
         pages: _Pages = cache.pages
         shape = (pages.group, pages.head_dim)
         q, rotation = _unrotated(q)
-        q = self._floats(q)
-        out = self._new(q.rows, q.width)
+        q = self._now.floats(q)
+        out = self._now.new(q.rows, q.width)
         scratch = attention.scratch_bytes(*shape)
         source = (q.address, q.stride_bytes, *self._where(step, cache), *self._layer(pages, layer))
-        memory = (pages.page_bytes, pages.kv_heads, self._scratch_memory("attention", scratch), scratch)
+        memory = (pages.page_bytes, pages.kv_heads, self._now.scratch("attention", scratch), scratch)
         common = (*source, *memory, *rotation, window, float(scale), float(softcap))
         # Two products, in float32, which take four times as long as those of int8.
         work = 8 * q.rows * q.width * cache.capacity
@@ -478,39 +284,39 @@ class CpuOps(Ops):
             each = attention.tokens_each(pages.group, step.positions, step.slots)
             tiles = -(-q.rows // each) * pages.kv_heads
             place: tuple[Any, ...] = (out.address, out.stride_bytes, q.rows, each)
-            self._program.add(attention.attention_tokens(*shape), tiles, (*place, *common), work=work)
+            self._now.program.add(attention.attention_tokens(*shape), tiles, (*place, *common), work=work)
             return out
         tiles, most = q.rows * pages.kv_heads, -(-cache.capacity // attention.CHUNK)
-        parts = Block(self._program.memory, tiles * most * attention.part_bytes(*shape))
+        parts = Block(self._now.program.memory, tiles * most * attention.part_bytes(*shape))
         counters = np.zeros(tiles * 8, np.int64)
-        place = (out.address, out.stride_bytes, parts.address, most, self._program.chunks, counters)
-        self._program.add(attention.attention_chunks(*shape), tiles, (*place, *common), by_chunks=True, work=work)
+        place = (out.address, out.stride_bytes, parts.address, most, self._now.program.chunks, counters)
+        self._now.program.add(attention.attention_chunks(*shape), tiles, (*place, *common), by_chunks=True, work=work)
         return out
 
     def activation(self, x: Buffer, kind: str, gated: bool) -> Buffer:
-        width, source = x.width // 2 if gated else x.width, self._floats(x)
+        width, source = x.width // 2 if gated else x.width, self._now.floats(x)
         arguments = (source.address, source.stride_bytes, width, ACTIVATIONS[kind], gated)
-        return self._later(x.rows, width, rows.activation, source, arguments)
+        return self._now.later(x.rows, width, rows.activation, source, arguments)
 
     def add(self, a: Buffer, b: Buffer) -> Buffer:
-        out = self._new(a.rows, a.width)
-        sources = [v for x in (self._floats(a), self._floats(b)) for v in (x.address, x.stride_bytes)]
-        self._program.add(rows.add_rows, a.rows, (out.address, out.stride_bytes, *sources, a.width))
+        out = self._now.new(a.rows, a.width)
+        sources = [v for x in (self._now.floats(a), self._now.floats(b)) for v in (x.address, x.stride_bytes)]
+        self._now.program.add(rows.add_rows, a.rows, (out.address, out.stride_bytes, *sources, a.width))
         return out
 
     def take(self, x: Buffer, rows: Any) -> Buffer:
-        source = self._floats(x)
+        source = self._now.floats(x)
         if len(rows) == x.rows == 1:
             return source
-        out = self._new(len(rows), x.width)
+        out = self._now.new(len(rows), x.width)
         arguments = (out.address, out.stride_bytes, source.address, source.stride_bytes, rows, x.width)
-        self._program.add(_take_kernel, len(rows), arguments)
+        self._now.program.add(_take_kernel, len(rows), arguments)
         return out
 
     def softcap(self, x: Buffer, cap: float) -> Buffer:
-        out, source = self._new(x.rows, x.width), self._floats(x)
+        out, source = self._now.new(x.rows, x.width), self._now.floats(x)
         arguments = (out.address, out.stride_bytes, source.address, source.stride_bytes, x.width, float(cap))
-        self._program.add(rows.softcap, x.rows, arguments)
+        self._now.program.add(rows.softcap, x.rows, arguments)
         return out
 
 
