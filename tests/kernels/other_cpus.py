@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SIMD, OPS, THREADS = (f"tests/kernels/test_{name}.py" for name in ("simd", "ops", "threads"))
+SIMD, OPS, THREADS, ATTENTION = (f"tests/kernels/test_{name}.py" for name in ("simd", "ops", "threads", "attention"))
 
 
 @contextmanager
