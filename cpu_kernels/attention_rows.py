@@ -21,7 +21,7 @@ def registers() -> int:
     """Vectors of 16 float32 that the instruction set's registers hold."""
     if "avx512f" in simd.features():
         return 32
-    # Others hold 8 (16 registers of 256 bits, or 32 of 128) or 4. With slices that fill 8, LLVM 22 made kernels for AVX2
+    # Others hold 8 (16 registers of 256 bits, 32 of 128) or 4. With slices that fill 8, LLVM 22 made kernels for AVX2
     # that lost a slice's first sum, though the same loops were right by themselves; nothing was seen to fail with 4.
     return 4
 
