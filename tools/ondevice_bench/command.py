@@ -120,8 +120,9 @@ def bench(
     --profile runs each tg test once more. Times are means over threads: of work in each part of the model, of waiting
     for other threads, and other, which is Python between the steps and threads that the system had not started yet.
 
-    Shapes: smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, gemma-3-1b, llama-3.2-1b, llama-2-7b. Their weights are random codes
-    without biases, as in GGUF's Q4_0 and Q8_0, head and embedding included.
+    Shapes: smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, gemma-2-2b, gemma-3-1b, llama-3.2-1b, llama-3.1-8b, llama-2-7b,
+    opt-125m, opt-1.3b, opt-6.7b. Their weights are random codes without biases, as in GGUF's Q4_0 and Q8_0, head and
+    embedding included.
     """
     if output not in (None, "json") and as_json:
         raise click.UsageError(f"--json and -o {output} contradict each other; give one.")
