@@ -46,3 +46,7 @@ class NumericalError(OndeviceError):
 
 class OptionError(OndeviceError, ValueError):
     """An option has a value that cannot be used."""
+
+
+class BackendError(OndeviceError):
+    """The backend lacks an operation that the model needs."""

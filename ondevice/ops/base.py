@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ondevice.checkpoint.quantization import Tensor
+from ondevice.ops.base_skipping import SkippingOps
+from ondevice.sparsity.selection import HeadSelection
 
 if TYPE_CHECKING:
     from ondevice.checkpoint.base import Checkpoint
@@ -48,10 +50,8 @@ class Step:
 Body = Callable[[Step], Array]
 
 
-class Ops(ABC):
+class Ops(SkippingOps, ABC):
     """Operations of one platform."""
-
-    name: str
 
     # Weights
 
@@ -118,7 +118,7 @@ class Ops(ABC):
             float32 [rows, width] of the body's result, a copy that later steps leave alone.
         """
 
-    def part(self, name: str) -> None:  # noqa: B027 -- a table without profiles has nothing to do
+    def part(self, name: str) -> None:
         """Names the part of the model that the following operations belong to, for tables that keep a profile."""
 
     @abstractmethod
@@ -147,7 +147,15 @@ class Ops(ABC):
 
     @abstractmethod
     def attention(
-        self, q: Array, cache: KVCache, layer: int, step: Step, scale: float, window: int, softcap: float
+        self,
+        q: Array,
+        cache: KVCache,
+        layer: int,
+        step: Step,
+        scale: float,
+        window: int,
+        softcap: float,
+        heads: HeadSelection | None = None,
     ) -> Array:
         """Causal attention of each token over the keys of its slot up to its position.
 
@@ -155,6 +163,7 @@ class Ops(ABC):
             q: [N, H * dh].
             window: keys seen, counting the token's own; 0 for all.
             softcap: c * tanh(score / c) before the softmax; 0 for none.
+            heads: that are computed, the others being exactly 0; None for all.
 
         Returns:
             [N, H * dh].
@@ -162,7 +171,7 @@ class Ops(ABC):
 
     @abstractmethod
     def activation(self, x: Array, kind: str, gated: bool) -> Array:
-        """act(x) of [N, D]; gated: act(x[:, :D]) * x[:, D:] of [N, 2 D]."""
+        """act(x) of [N, D]; gated: act(x[:, :D]) * x[:, D:] of [N, 2 D]. kind: an activation of ModelSpec, or "abs"."""
 
     @abstractmethod
     def add(self, a: Array, b: Array) -> Array:

@@ -26,6 +26,7 @@ from ondevice.ops.cpu_program import Block, Program
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_tile_cache import TileCache
 from ondevice.ops.cpu_weights import FLOAT_CODES, Format, Tiles, pack_rows
+from ondevice.sparsity.selection import HeadSelection
 
 if TYPE_CHECKING:
     from ondevice.checkpoint.base import Checkpoint
@@ -267,8 +268,18 @@ class CpuOps(Ops):
         return pages.keys.ctypes.data + start, pages.values.ctypes.data + start
 
     def attention(
-        self, q: Buffer, cache: KVCache, layer: int, step: Step, scale: float, window: int, softcap: float
+        self,
+        q: Buffer,
+        cache: KVCache,
+        layer: int,
+        step: Step,
+        scale: float,
+        window: int,
+        softcap: float,
+        heads: HeadSelection | None = None,
     ) -> Buffer:
+        if heads is not None:
+            self._lacks("attention of selected heads")
         pages: _Pages = cache.pages
         shape = (pages.group, pages.head_dim)
         q, rotation = _unrotated(q)

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ondevice.checkpoint.quantization import Tensor, dequantize
-from ondevice.ops.base import Body, Ops, Step
+from ondevice.ops.base import Body, Step
+from ondevice.ops.reference_activation import activate
+from ondevice.ops.reference_skipping import ReferenceSkipping
+from ondevice.sparsity.selection import HeadSelection
 
 if TYPE_CHECKING:
     from ondevice.generation.kv_cache import KVCache
@@ -27,7 +30,7 @@ class _Norm:
     eps: float
 
 
-class ReferenceOps(Ops):
+class ReferenceOps(ReferenceSkipping):
     """float64 weights, activations and cache.
 
     Args:
@@ -37,7 +40,7 @@ class ReferenceOps(Ops):
     name = "reference"
 
     def __init__(self, dtype: Any = np.float64) -> None:
-        self.dtype = dtype
+        super().__init__(dtype)
 
     def _float(self, tensor: Tensor) -> NDArray[Any]:
         return dequantize(tensor, self.dtype)
@@ -108,7 +111,15 @@ class ReferenceOps(Ops):
             store[layer, pages, inside] = values.reshape(len(values), *store.shape[3:])
 
     def attention(
-        self, q: Any, cache: KVCache, layer: int, step: Step, scale: float, window: int, softcap: float
+        self,
+        q: Any,
+        cache: KVCache,
+        layer: int,
+        step: Step,
+        scale: float,
+        window: int,
+        softcap: float,
+        heads: HeadSelection | None = None,
     ) -> Any:
         out = np.empty_like(q)
         for slot in np.unique(step.slots):
@@ -122,23 +133,23 @@ class ReferenceOps(Ops):
             if window:
                 seen &= key > positions[:, None] - window
             dh = k.shape[-1]
-            heads = q[rows].reshape(len(rows), -1, dh)
-            group = heads.shape[1] // k.shape[1]
-            for head in range(heads.shape[1]):
-                scores = heads[:, head] @ k[:, head // group].T * scale
+            queries = q[rows].reshape(len(rows), -1, dh)
+            group = queries.shape[1] // k.shape[1]
+            for head in range(queries.shape[1]):
+                scores = queries[:, head] @ k[:, head // group].T * scale
                 if softcap:
                     scores = softcap * np.tanh(scores / softcap)
                 scores = np.where(seen, scores, -np.inf)
                 weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
                 weights /= weights.sum(axis=-1, keepdims=True)
                 out[rows, head * dh : (head + 1) * dh] = weights @ v[:, head // group]
-        return out
+        return self.only_heads(out, heads, cache, layer, step, window)
 
     def activation(self, x: Any, kind: str, gated: bool) -> Any:
         if gated:
             half = x.shape[1] // 2
-            return _activate(x[:, :half], kind) * x[:, half:]
-        return _activate(x, kind)
+            return activate(x[:, :half], kind) * x[:, half:]
+        return activate(x, kind)
 
     def add(self, a: Any, b: Any) -> Any:
         return a + b
@@ -148,23 +159,3 @@ class ReferenceOps(Ops):
 
     def softcap(self, x: Any, cap: float) -> Any:
         return cap * np.tanh(x / cap)
-
-
-def _activate(x: Any, kind: str) -> Any:
-    match kind:
-        case "silu":
-            return x / (1 + np.exp(-x))
-        case "gelu_tanh":
-            return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-        case "gelu":
-            return 0.5 * x * (1 + _erf(x / np.sqrt(2)))
-        case "relu":
-            return np.maximum(x, 0)
-    raise ValueError(f"no activation {kind!r}")
-
-
-def _erf(x: Any) -> Any:
-    """math.erf elementwise: NumPy has none, and exactness matters more here than speed."""
-    import math
-
-    return np.vectorize(math.erf, otypes=[x.dtype])(x)
