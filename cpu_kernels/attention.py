@@ -100,7 +100,7 @@ def _all_chunks(group: int, head_dim: int):
 
 
 @numba.njit(error_model="numpy")
-def _consecutive(positions, slots, first, n):
+def consecutive(positions, slots, first, n):
     """Whether n tokens follow each other in one slot, all seeing something."""
     position, slot = i32_at(positions + 4 * first), i32_at(slots + 4 * first)
     if position < 0:
@@ -132,7 +132,7 @@ def attention_tokens(group: int, head_dim: int) -> Kernel:
         first_head = head * head_dim * 4
         k, v = keys + kv_head * page_bytes, values + kv_head * page_bytes
         while token < end:
-            some = block if token + block <= end and _consecutive(positions, slots, token, block) else 1
+            some = block if token + block <= end and consecutive(positions, slots, token, block) else 1
             pages = block_table + 4 * i32_at(slots + 4 * token) * per_slot
             o, x, position = out + token * out_stride, q + token * q_stride, i32_at(positions + 4 * token)
             if position >= 0 and any_chosen(masks, mask_stride, unit, token, some, head, group):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cpu_kernels import attention, kv_pages, rope
+from cpu_kernels import attention, kv_pages, rope, topk_attention
+from cpu_kernels.compile import Kernel
+from cpu_kernels.topk_scores import quantiles
+from cpu_kernels.topk_values import SPAN
 from ondevice.ops.base import Step
 from ondevice.ops.cpu_program import Block
 from ondevice.ops.cpu_recording import Buffer, Recording
@@ -51,6 +55,39 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True)
+class PartedPages:
+    """Keys in two parts, and values. See `cpu_kernels.kv_pages.append_parts` for what a page holds."""
+
+    firsts: NDArray[np.float16]
+    rests: NDArray[np.float16]
+    values: NDArray[np.float16]
+    kv_heads: int
+    head_dim: int
+    group: int
+    first_dims: int
+
+    @classmethod
+    def new(cls, spec: ModelSpec, pages: int, page: int, first_dims: int) -> PartedPages:
+        """Storage of `pages` pages of `page` positions. first_dims: of a key, that all queries read."""
+
+        def part(dims: int) -> NDArray[np.float16]:
+            shape = (spec.n_layers, pages, spec.n_kv_heads, page * attention.padded_dim(dims))
+            return _zeros(math.prod(shape) * 2).view(np.float16).reshape(shape)
+
+        parts = part(first_dims), part(spec.head_dim - first_dims), part(spec.head_dim)
+        return cls(*parts, spec.n_kv_heads, spec.head_dim, spec.group, first_dims)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What kernels are made for."""
+        return self.group, self.head_dim, self.first_dims
+
+    def layer(self, index: int) -> tuple[NDArray[np.float16], ...]:
+        """A layer's three parts."""
+        return self.firsts[index], self.rests[index], self.values[index]
+
+
+@dataclass(frozen=True, slots=True)
 class HeadMask:
     """Which heads each token asks for; see `cpu_kernels.selected_heads`.
 
@@ -90,8 +127,14 @@ def _where(step: Step, cache: KVCache) -> tuple[Any, ...]:
 
 
 def record_append(recording: Recording, k: Buffer, v: Buffer, cache: KVCache, layer: int, step: Step) -> None:
-    """Keys and values to their pages."""
-    pages: Pages = cache.pages
+    """Keys and values to their pages. Keys of pages in parts come rotated, each part like a head."""
+    pages: Pages | PartedPages = cache.pages
+    if isinstance(pages, PartedPages):
+        k, v = recording.floats(k), recording.floats(v)
+        given = (k.address, k.stride_bytes, v.address, v.stride_bytes, *_where(step, cache), *pages.layer(layer))
+        dims = (pages.kv_heads, pages.head_dim, pages.first_dims)
+        recording.program.add(kv_pages.append_parts, k.rows, (*given, *dims))
+        return
     padded = attention.padded_dim(pages.head_dim)
     k, rotation = _unrotated(k)
     k, v = recording.floats(k), recording.floats(v)
@@ -139,3 +182,83 @@ def record_attention(
     place = (out.address, out.stride_bytes, parts.address, most, program.chunks, counters)
     program.add(attention.attention_chunks(*shape), tiles, (*place, *common), by_chunks=True, work=work)
     return out
+
+
+def topk_kernels(group: int, head_dim: int, first_dims: int) -> list[Kernel]:
+    """Every kernel that top-k attention of a shape can need."""
+    makers = (topk_attention.topk_scores, topk_attention.topk_values, topk_attention.topk_tokens)
+    return [kv_pages.append_parts, *(maker(group, head_dim, first_dims) for maker in makers)]
+
+
+def record_topk_attention(
+    recording: Recording,
+    q: Buffer,
+    cache: KVCache,
+    layer: int,
+    step: Step,
+    scale: float,
+    k: int,
+    window: int,
+    softcap: float,
+    rest_scale: float = 1.0,
+) -> Buffer:
+    """Causal attention of each query head to about k keys; see `cpu_kernels.topk_attention`.
+
+    Args:
+        q: [N, H * dh], rotated, each part like a head.
+        cache: whose pages are `PartedPages`.
+        scale, softcap: of the scores.
+        k: keys that a head sees about, of which those of `window` are visible.
+        rest_scale: of the product that softplus sees.
+    """
+    pages: PartedPages = cache.pages
+    q = recording.floats(q)
+    out, chunks = recording.new(q.rows, q.width), -(-cache.capacity // attention.CHUNK)
+    each = topk_attention.scratch_bytes(*pages.shape, chunks)
+    source = (q.address, q.stride_bytes, *_where(step, cache))
+    memory = (pages.kv_heads, recording.scratch("top-k attention", each), each)
+    threshold = (k, quantiles(k, cache.capacity), window, float(scale), float(softcap))
+    # As in `record_attention`, though most of it for the first part only.
+    work = 4 * q.rows * q.width * cache.capacity
+    if q.rows <= FEW_TOKENS:
+        _few_topk(recording, out, pages, layer, chunks, source, memory, threshold, window, rest_scale, work)
+        return out
+    block = attention.tokens_each(pages.group, step.positions, step.slots)
+    place = (out.address, out.stride_bytes, q.rows, block, *source, *pages.layer(layer), *memory, *threshold)
+    tiles = -(-q.rows // block) * pages.kv_heads
+    recording.program.add(topk_attention.topk_tokens(*pages.shape), tiles, (*place, float(rest_scale)), work=work)
+    return out
+
+
+def _few_topk(
+    recording: Recording,
+    out: Buffer,
+    pages: PartedPages,
+    layer: int,
+    chunks: int,
+    source: tuple[Any, ...],
+    memory: tuple[Any, ...],
+    threshold: tuple[Any, ...],
+    window: int,
+    rest_scale: float,
+    work: float,
+) -> None:
+    """Two operations, whose tiles are pieces of the tokens' positions. chunks: that a slot may hold."""
+    program, pairs = recording.program, out.rows * pages.kv_heads
+    firsts, rests, values = pages.layer(layer)
+    spans = -(-chunks * attention.CHUNK // SPAN)
+    scores, described, limits, parts = (
+        Block(program.memory, pairs * nbytes)
+        for nbytes in (
+            chunks * topk_attention.score_bytes(pages.group),
+            chunks * topk_attention.description_bytes(pages.group),
+            topk_attention.limit_bytes(pages.group),
+            spans * topk_attention.part_bytes(pages.group, pages.head_dim),
+        )
+    )
+    shared = (chunks, program.chunks, np.zeros(pairs * 8, np.int64), *source)
+    arguments = (scores.address, described.address, limits.address, *shared, firsts, *memory, *threshold)
+    program.add(topk_attention.topk_scores(*pages.shape), pairs, arguments, by_chunks=True, work=work)
+    place = (out.address, out.stride_bytes, scores.address, limits.address, parts.address)
+    arguments = (*place, *shared, rests, values, *memory, window, float(rest_scale))
+    program.add(topk_attention.topk_values(*pages.shape), pairs, arguments, by_chunks=True)
