@@ -1,4 +1,8 @@
-"""Causal attention over the paged float16 cache, for prompts and for single tokens."""
+"""Causal attention over the paged float16 cache, for prompts and for single tokens, of all heads or of selected ones.
+
+A KV head that no token of a tile asked for is neither read nor computed, whoever does not ask gets zeros, and what is
+computed does not depend on the selection. A token at position -1 sees nothing and gets zeros too.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from cpu_kernels.attention_chunk import (
     visible,
 )
 from cpu_kernels.compile import Kernel, kernel, named, unpack
+from cpu_kernels.selected_heads import any_chosen, chosen, clear
 from cpu_kernels.simd import atomic_add, atomic_store, i32_at, load_f32, store_f32
 from cpu_kernels.softmax import finish, merge, result_bytes
 
@@ -95,9 +100,11 @@ def _all_chunks(group: int, head_dim: int):
 
 
 @numba.njit(error_model="numpy")
-def _consecutive(positions, slots, first, n):
-    """Whether n tokens follow each other in one slot."""
+def consecutive(positions, slots, first, n):
+    """Whether n tokens follow each other in one slot, all seeing something."""
     position, slot = i32_at(positions + 4 * first), i32_at(slots + 4 * first)
+    if position < 0:
+        return False
     for i in range(1, n):
         if i32_at(positions + 4 * (first + i)) != position + i or i32_at(slots + 4 * (first + i)) != slot:
             return False
@@ -116,19 +123,25 @@ def attention_tokens(group: int, head_dim: int) -> Kernel:
     @kernel(f"attention {group}x{head_dim}, many tokens")
     def attention(arguments, tile, thread):
         (out, out_stride, n, each, q, q_stride, positions, slots, block_table, per_slot, keys, values, page_bytes,
-         heads, scratch, scratch_each, rotation, half, window, scale, softcap) = unpack(
-            arguments, "iiiiiiiiiiiiiiiiiiiff")  # fmt: skip
+         heads, scratch, scratch_each, rotation, half, window, scale, softcap, masks, mask_stride, unit) = unpack(
+            arguments, "iiiiiiiiiiiiiiiiiiiffiii")  # fmt: skip
         kv_head, memory = tile % heads, scratch + thread * scratch_each
         token = ((n + each - 1) // each - 1 - tile // heads) * each
         end = min(token + each, n)
-        first_head = kv_head * group * head_dim * 4
+        head = kv_head * group
+        first_head = head * head_dim * 4
         k, v = keys + kv_head * page_bytes, values + kv_head * page_bytes
         while token < end:
-            some = block if token + block <= end and _consecutive(positions, slots, token, block) else 1
+            some = block if token + block <= end and consecutive(positions, slots, token, block) else 1
             pages = block_table + 4 * i32_at(slots + 4 * token) * per_slot
             o, x, position = out + token * out_stride, q + token * q_stride, i32_at(positions + 4 * token)
-            every(o + first_head, out_stride, x + first_head, q_stride, memory, k, v, pages, heads * page_bytes,
-                  position, some, rotation, half, window, F32(scale), F32(softcap))  # fmt: skip
+            if position >= 0 and any_chosen(masks, mask_stride, unit, token, some, head, group):
+                every(o + first_head, out_stride, x + first_head, q_stride, memory, k, v, pages, heads * page_bytes,
+                      position, some, rotation, half, window, F32(scale), F32(softcap))  # fmt: skip
+            for t in range(some):
+                for h in range(group):
+                    if position < 0 or not chosen(masks, mask_stride, unit, token + t, head + h):
+                        clear(o + t * out_stride + first_head + h * head_dim * 4, head_dim)
             token += some
 
     return attention
@@ -148,12 +161,17 @@ def attention_chunks(group: int, head_dim: int) -> Kernel:
     @kernel(f"attention {group}x{head_dim}, few tokens")
     def attention(arguments, tile, thread):
         (out, out_stride, parts, most_chunks, tiles_at, counters, q, q_stride, positions, slots, block_table, per_slot,
-         keys, values, page_bytes, heads, scratch, scratch_each, rotation, half, window, scale, softcap) = unpack(
-            arguments, "iiiiiiiiiiiiiiiiiiiiiff")  # fmt: skip
+         keys, values, page_bytes, heads, scratch, scratch_each, rotation, half, window, scale, softcap, masks,
+         mask_stride, unit) = unpack(arguments, "iiiiiiiiiiiiiiiiiiiiiffiii")  # fmt: skip
         tiles = i32_at(tiles_at)
         which, index = tile // tiles, tile % tiles
         token, kv_head = which // heads, which % heads
-        position = i32_at(positions + 4 * token)
+        position, head = i32_at(positions + 4 * token), kv_head * group
+        o = out + token * out_stride + head * head_dim * 4
+        if position < 0 or not any_chosen(masks, mask_stride, unit, token, 1, head, group):
+            if index == 0:
+                clear(o, group * head_dim)
+            return
         first, last = visible(position, window) // CHUNK, position // CHUNK
         chunks = last + 1 - first
         each = (chunks + tiles - 1) // tiles
@@ -161,8 +179,7 @@ def attention_chunks(group: int, head_dim: int) -> Kernel:
         if start > last:
             return
         queries = scratch + thread * scratch_each
-        head = kv_head * group * head_dim * 4
-        load(queries, q + token * q_stride + head, position, rotation, half, F32(scale), F32(softcap))
+        load(queries, q + token * q_stride + head * head_dim * 4, position, rotation, half, F32(scale), F32(softcap))
         pages = block_table + 4 * i32_at(slots + 4 * token) * per_slot
         base = parts + which * most_chunks * group * result
         k, v = keys + kv_head * page_bytes, values + kv_head * page_bytes
@@ -174,9 +191,12 @@ def attention_chunks(group: int, head_dim: int) -> Kernel:
                 return
             atomic_store(counters + 64 * which, 0)
         for h in range(group):
+            if not chosen(masks, mask_stride, unit, token, head + h):
+                clear(o + h * head_dim * 4, head_dim)
+                continue
             running = base + (first * group + h) * result
             for i in range(first + 1, last + 1):
                 merge(running, base + (i * group + h) * result, padded)
-            finish(out + token * out_stride + head + h * head_dim * 4, running, padded, head_dim)
+            finish(o + h * head_dim * 4, running, padded, head_dim)
 
     return attention

@@ -83,8 +83,11 @@ def load_queries(group: int, head_dim: int):
 
 
 @functools.cache
-def _score_positions(group: int, tokens: int, head_dim: int):
-    """Numba function: scores of positions first..last-1, whole vectors, for all rows of a block."""
+def score_positions(group: int, tokens: int, head_dim: int):
+    """Numba function: scores of positions first..last-1, whole vectors, for all rows of a block.
+
+    after: address of what will be read next.
+    """
     rows, row_bytes = group * tokens, padded_dim(head_dim) * 2
     shape = (head_dim, query_stride(head_dim), SCORE_STRIDE)
     many = attention_rows.side_by_side(rows, PAGE // 16)
@@ -93,15 +96,12 @@ def _score_positions(group: int, tokens: int, head_dim: int):
 
     @numba.njit(error_model="numpy")
     @named(f"{rows}x{head_dim}")
-    def score(out, queries, keys, values, pages, page_step, first, last):
+    def score(out, queries, keys, pages, page_step, first, last, after):
         p = first
         while p < last:
             end = p + step if p % step == 0 and p + step <= last else p + 16
             at = address(keys, pages, page_step, p, row_bytes)
-            if end < last:
-                ahead = address(keys, pages, page_step, end, row_bytes)
-            else:
-                ahead = address(values, pages, page_step, first, row_bytes)
+            ahead = address(keys, pages, page_step, end, row_bytes) if end < last else after
             if end - p == step:
                 together(out + 4 * (p - first), queries, at, ahead)
             else:
@@ -141,7 +141,7 @@ def chunk(group: int, head_dim: int):
     """
     padded = padded_dim(head_dim)
     block = block_tokens(group)
-    score_all, score_one = (_score_positions(group, n, head_dim) for n in (block, 1))
+    score_all, score_one = (score_positions(group, n, head_dim) for n in (block, 1))
     add_all, add_one = (_add_values(group, n, head_dim) for n in (block, 1))
     result, weights_each = result_bytes(padded), group * SCORE_STRIDE
     results = group * result
@@ -151,11 +151,12 @@ def chunk(group: int, head_dim: int):
     def attend(out, queries, work, keys, values, pages, page_step, position, tokens, index, window, softcap):
         bottom, final = index * CHUNK, position + tokens - 1
         lowest, highest = max(visible(position, window), bottom), min(bottom + CHUNK, final + 1)
-        origin = lowest // 16 * 16
+        origin, limit = lowest // 16 * 16, (highest + 15) // 16 * 16
+        first_values = address(values, pages, page_step, origin, padded * 2)
         if tokens == 1:
-            score_one(work, queries, keys, values, pages, page_step, origin, (highest + 15) // 16 * 16)
+            score_one(work, queries, keys, pages, page_step, origin, limit, first_values)
         else:
-            score_all(work, queries, keys, values, pages, page_step, origin, (highest + 15) // 16 * 16)
+            score_all(work, queries, keys, pages, page_step, origin, limit, first_values)
         for t in range(tokens):
             start, end = max(visible(position + t, window), bottom), min(bottom + CHUNK, position + t + 1)
             if start < end:

@@ -158,3 +158,35 @@ def weighted_values(rows: int, padded: int, weight_stride: int, result_stride: i
         return types.void(*[types.int64] * 5), codegen
 
     return made
+
+
+@functools.cache
+def listed_values(padded: int):
+    """Intrinsic: the weighted sum of listed rows.
+
+    Its arguments: addresses of the sum, of weights, of int64 row numbers, and of the values [row][padded] float16; then
+    how many are listed.
+    """
+    across = padded // 16
+    # Each sum's vector is used once, so that one register serves them all.
+    vectors = max(v for v in range(1, across + 1) if across % v == 0 and (v == 1 or v + 2 <= registers()))
+
+    @intrinsic
+    def made(context, out, weights, rows, values, n):
+        def codegen(ctx, b, signature, args):
+            out, weights, rows, values, n = args
+            with cgutils.for_range(b, I64(across // vectors)) as column:
+
+                def values_at(i):
+                    row = simd.i64_at.build(b, b.add(rows, b.mul(i, I64(8))))
+                    left = b.add(values, b.mul(column.index, I64(32 * vectors)))
+                    at = b.add(left, b.mul(row, I64(padded * 2)))
+                    return [offset(b, at, 32 * v) for v in range(vectors)], []
+
+                sums = _grid(b, b.add(out, b.mul(column.index, I64(64 * vectors))), 1, 0, vectors)
+                _accumulate(b, sums, n, weights, 0, values_at, I64(0), False)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), codegen
+
+    return made

@@ -19,10 +19,11 @@ from ondevice.checkpoint import tile_files
 from ondevice.checkpoint.quantization import Tensor, dequantize
 from ondevice.machine import default_threads
 from ondevice.ops.base import Body, Handle, Ops, Step
+from ondevice.ops.cpu_attention import Pages, record_append, record_attention
 from ondevice.ops.cpu_memory import WeightMemory
 from ondevice.ops.cpu_products import product_kernels, record_linear
 from ondevice.ops.cpu_profile import PartTime, add_times
-from ondevice.ops.cpu_program import Block, Program
+from ondevice.ops.cpu_program import Program
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_tile_cache import TileCache
 from ondevice.ops.cpu_weights import FLOAT_CODES, Format, Tiles, pack_rows
@@ -34,18 +35,8 @@ if TYPE_CHECKING:
     from ondevice.spec import ModelSpec
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
-FEW_TOKENS = 16
-"""Up to here attention shares positions among threads, beyond it tokens."""
 KEPT_PROGRAMS = 4
 """Programs kept per cache: the decode step of the last batch sizes and the prompt chunks of the last lengths."""
-
-
-def _unrotated(x: Buffer) -> tuple[Buffer, tuple[Any, int]]:
-    """A buffer to rotate while reading it, with the table and half the rotated dimensions; 0 for nothing to do."""
-    if x.block is None and x.producer is not None and x.producer.kernel is _rope_kernel:
-        table, half = x.producer.arguments[3], x.producer.arguments[-1]
-        return x.producer.source, (table, half)
-    return x, (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +45,6 @@ class _Norm:
     bias: NDArray[np.float32] | None
     centred: bool
     eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Pages:
-    keys: NDArray[np.float16]
-    values: NDArray[np.float16]
-    layer_bytes: int
-    page_bytes: int
-    kv_heads: int
-    head_dim: int
-    group: int
 
 
 class CpuOps(Ops):
@@ -151,14 +131,8 @@ class CpuOps(Ops):
 
     # Cache and steps
 
-    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> _Pages:
-        padded = -(-spec.head_dim // 16) * 16
-        page_bytes = page * padded * 2
-        # Zeros that the system provides when first touched: a long context costs memory only as it fills.
-        layer_bytes = pages * spec.n_kv_heads * page_bytes
-        shape = (spec.n_layers, pages, spec.n_kv_heads, page * padded)
-        keys, values = (_zeros(spec.n_layers * layer_bytes).view(np.float16).reshape(shape) for _ in range(2))
-        return _Pages(keys, values, layer_bytes, page_bytes, spec.n_kv_heads, spec.head_dim, spec.group)
+    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Pages:
+        return Pages.new(spec, pages, page)
 
     def run(self, step: Step, cache: KVCache, body: Body, name: str = "logits") -> NDArray[np.float32]:
         with self._one_step:
@@ -247,25 +221,7 @@ class CpuOps(Ops):
         return self._now.later(x.rows, x.width, _rope_kernel, source, arguments)
 
     def append(self, cache: KVCache, layer: int, k: Buffer, v: Buffer, step: Step) -> None:
-        pages: _Pages = cache.pages
-        padded = attention.padded_dim(pages.head_dim)
-        k, rotation = _unrotated(k)
-        k, v = self._now.floats(k), self._now.floats(v)
-        source = (k.address, k.stride_bytes, v.address, v.stride_bytes)
-        sizes = (pages.page_bytes, pages.kv_heads, pages.head_dim, padded)
-        scratch = padded * 4
-        place = (*self._where(step, cache), *self._layer(pages, layer), *sizes)
-        arguments = (*source, *place, *rotation, self._now.scratch("append", scratch), scratch)
-        self._now.program.add(kv_pages.append, k.rows, arguments)
-
-    @staticmethod
-    def _where(step: Step, cache: KVCache) -> tuple[Any, ...]:
-        return step.positions, step.slots, cache.block_table, cache.block_table.shape[1]
-
-    @staticmethod
-    def _layer(pages: _Pages, layer: int) -> tuple[int, int]:
-        start = layer * pages.layer_bytes
-        return pages.keys.ctypes.data + start, pages.values.ctypes.data + start
+        record_append(self._now, k, v, cache, layer, step)
 
     def attention(
         self,
@@ -278,31 +234,8 @@ class CpuOps(Ops):
         softcap: float,
         heads: HeadSelection | None = None,
     ) -> Buffer:
-        if heads is not None:
-            self._lacks("attention of selected heads")
-        pages: _Pages = cache.pages
-        shape = (pages.group, pages.head_dim)
-        q, rotation = _unrotated(q)
-        q = self._now.floats(q)
-        out = self._now.new(q.rows, q.width)
-        scratch = attention.scratch_bytes(*shape)
-        source = (q.address, q.stride_bytes, *self._where(step, cache), *self._layer(pages, layer))
-        memory = (pages.page_bytes, pages.kv_heads, self._now.scratch("attention", scratch), scratch)
-        common = (*source, *memory, *rotation, window, float(scale), float(softcap))
-        # Two products, in float32, which take four times as long as those of int8.
-        work = 8 * q.rows * q.width * cache.capacity
-        if q.rows > FEW_TOKENS:
-            each = attention.tokens_each(pages.group, step.positions, step.slots)
-            tiles = -(-q.rows // each) * pages.kv_heads
-            place: tuple[Any, ...] = (out.address, out.stride_bytes, q.rows, each)
-            self._now.program.add(attention.attention_tokens(*shape), tiles, (*place, *common), work=work)
-            return out
-        tiles, most = q.rows * pages.kv_heads, -(-cache.capacity // attention.CHUNK)
-        parts = Block(self._now.program.memory, tiles * most * attention.part_bytes(*shape))
-        counters = np.zeros(tiles * 8, np.int64)
-        place = (out.address, out.stride_bytes, parts.address, most, self._now.program.chunks, counters)
-        self._now.program.add(attention.attention_chunks(*shape), tiles, (*place, *common), by_chunks=True, work=work)
-        return out
+        chosen = None if heads is None else self._head_mask(heads)
+        return record_attention(self._now, q, cache, layer, step, scale, window, softcap, chosen)
 
     def activation(self, x: Buffer, kind: str, gated: bool) -> Buffer:
         width, source = x.width // 2 if gated else x.width, self._now.floats(x)
@@ -340,13 +273,6 @@ def _embed_kernel(form: Format) -> Kernel:
     if form.layout and form.layout.kind in ("k16", "k32"):
         return pack.embed_byte_scales
     return pack.embed_quantized if form.layout else pack.embed_floats
-
-
-def _zeros(nbytes: int) -> NDArray[np.uint8]:
-    """Zeros that start on a cache line: vectors that straddle two cost a tenth of attention's speed."""
-    raw = np.zeros(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes]
 
 
 def _tiles_of(handle: Handle) -> tuple[str, Sequence[Tiles]]:

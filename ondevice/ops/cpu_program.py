@@ -175,7 +175,7 @@ class Program:
             (step.tokens, step.positions, step.slots, step.outputs),
         ):
             mine[:] = new
-        chunks = int(step.positions.max()) // chunk + 1
+        chunks = max(int(step.positions.max()), 0) // chunk + 1
         self.chunks[0] = chunks
         self._table[self._by_chunks, 2] = self._base_tiles * chunks
 
