@@ -92,14 +92,14 @@ def _low(v):
 
 
 @numba.njit(error_model="numpy")
-def _root_mean_square(x, n):
-    """NaN if any of the n values is NaN or infinite."""
+def _root_mean_square(x, n, of):
+    """Of n values, and zeros up to `of`. NaN if any is NaN or infinite."""
     squares, poison = zeros(), zeros()
     for i in range(0, n, 16):
         v = load_f32(x + 4 * i)
         squares = fma(v, v, squares)
         poison = fma(v, zeros(), poison)
-    return F32(math.sqrt(total(squares) / F32(n))) + total(poison)
+    return F32(math.sqrt(total(squares) / F32(of))) + total(poison)
 
 
 @numba.njit(error_model="numpy")
@@ -154,11 +154,17 @@ def quantize_rows(x, stride, count, panel, n, width):
 
     A group of zeros gives zeros; NaN or infinity anywhere makes a row's scales NaN, so that it is not lost.
     """
+    quantize_some(x, stride, count, panel, n, width, n)
+
+
+@numba.njit(error_model="numpy")
+def quantize_some(x, stride, count, panel, n, width, of):
+    """The same for the only groups with values other than 0 of rows of `of`: which are fine is as in the whole rows."""
     first = panel + fine_at(n, width)
     fine = first + 64
     for token in range(count):
         # Kept where the row's last number will be, which is written last.
-        set_f32(panel + n * width + n // 2 * width - 4 * (width - token), _root_mean_square(x + token * stride, n))
+        set_f32(panel + n * width + n // 2 * width - 4 * (width - token), _root_mean_square(x + token * stride, n, of))
     for group in range(n // 32):
         for token in range(count):
             rms = f32_at(panel + n * width + n // 2 * width - 4 * (width - token))
