@@ -103,12 +103,13 @@ class Recording:
         each = codes.panel_bytes(x.width, 1)
         panel, row = self.scratch("panel", each), self.scratch("row", x.stride_bytes)
         if x.first is None:
-            producer = self._producer_of_codes(x)
+            producer = self.producer_of_codes(x)
             arguments = (row, 0, x.stride_bytes, *producer.arguments, panel, each, 1, 1, 1)
             x.first = producer.kernel, self.program.store(arguments)
         return panel, each
 
-    def _producer_of_codes(self, x: Buffer) -> Producer:
+    def producer_of_codes(self, x: Buffer) -> Producer:
+        """What makes codes of a buffer without its floats if nobody needed these yet."""
         if x.block is None and x.producer is not None:
             return x.producer
         return Producer(rows.quantize, (x.address, x.stride_bytes, x.width), x)
@@ -120,7 +121,7 @@ class Recording:
         last = min(w for w in widths if w >= rest)
         if x.panels is None:
             x.panels = Block(self.program.memory, -(-x.rows // widest) * codes.panel_bytes(x.width, widest))
-            each, producer = widest * x.stride_bytes, self._producer_of_codes(x)
+            each, producer = widest * x.stride_bytes, self.producer_of_codes(x)
             out = self.scratch("rows", each)
             arguments = (out, x.stride_bytes, each, *producer.arguments, x.panels.address, 0, widest, last, x.rows)
             self.program.add(producer.kernel, -(-x.rows // widest), arguments)

@@ -1,0 +1,190 @@
+"""Gate and up of picked neurons on the CPU: weights by neuron, and the recording of their products with one token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_kernels import codes, pack_neurons
+from cpu_kernels.compile import Kernel
+from cpu_kernels.row_codes import row_codes, row_codes_bytes
+from cpu_kernels.row_layout import RowLayout
+from cpu_kernels.float_rows import FloatRows
+from cpu_kernels.sparse_rows import sparse_rows
+from cpu_kernels.threads import ThreadPool
+from cpu_kernels.tiles import Layout
+from ondevice.checkpoint.quantization import Quantized, Tensor, dequantize
+from ondevice.errors import OptionError
+from ondevice.ops.cpu_memory import WeightMemory
+from ondevice.ops.cpu_program import Program
+from ondevice.ops.cpu_recording import Buffer, Recording
+from ondevice.ops.cpu_weights import FLOAT_KINDS
+
+SUMS_BYTES = 256
+"""Memory of a thread for the sums of gate and up of 32 neurons."""
+PIECES = 8
+"""Pieces of work for each thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronRows:
+    """Gate and up, or up alone, by neuron.
+
+    Args:
+        layout: of quantized weights or of floats.
+        neurons: how many.
+        data: bytes of all neurons.
+        gate_bias, up_bias: float32 [neurons] or None.
+    """
+
+    layout: RowLayout | FloatRows
+    neurons: int
+    data: NDArray[np.uint8]
+    gate_bias: NDArray[np.float32] | None
+    up_bias: NDArray[np.float32] | None
+
+    @property
+    def groups(self) -> int:
+        """Groups of 32 neurons."""
+        return -(-self.neurons // 32)
+
+
+def pack_neuron_rows(
+    pool: ThreadPool,
+    memory: WeightMemory,
+    gate: Tensor | None,
+    up: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> NeuronRows:
+    """Bundles the rows of gate and up by neuron.
+
+    Args:
+        gate, up: [neurons, inputs], both floats or both quantized with the same bits and group size. Without a gate
+            the activation, or a value that was computed before, is applied to up.
+        gate_bias, up_bias: [neurons].
+
+    Raises:
+        OptionError: a format that rows by neuron do not have, or two that do not go together.
+    """
+    tensors = [up] if gate is None else [gate, up]
+    if any(t.shape != up.shape for t in tensors):
+        raise OptionError(f"gate {tensors[0].shape} and up {up.shape}: rows by neuron need both alike")
+    quantized = [t for t in tensors if isinstance(t, Quantized)]
+    biases = [None if b is None else np.ascontiguousarray(dequantize(b)) for b in (gate_bias, up_bias)]
+    if len(quantized) == len(tensors):
+        layout = row_layout_of(quantized)
+        data = memory.take(up.shape[0] * layout.neuron_bytes)
+        _write_quantized(pool, layout, quantized, data)
+        return NeuronRows(layout, up.shape[0], data, *biases)
+    kinds = {FLOAT_KINDS.get(getattr(t, "dtype", None), "f32") for t in tensors}
+    floats = FloatRows(kinds.pop() if len(kinds) == 1 else "f32", up.shape[1], len(tensors))
+    data = memory.take(up.shape[0] * floats.neuron_bytes)
+    _write_floats(pool, floats, tensors, data)
+    return NeuronRows(floats, up.shape[0], data, *biases)
+
+
+def row_layout_of(tensors: list[Quantized]) -> RowLayout:
+    """The layout that holds the rows of one or two tensors exactly.
+
+    Raises:
+        OptionError: there is none.
+    """
+    bits, group_size = {t.bits for t in tensors}, {t.group_size for t in tensors}
+    supers = any(t.super_scales is not None for t in tensors)
+    if supers or len(bits) > 1 or len(group_size) > 1 or not bits <= {4, 8}:
+        raise OptionError(
+            f"rows by neuron of {sorted(bits)} bits in groups of {sorted(group_size)}{', scales in two steps' * supers}: "
+            "bring gate and up to 4 or 8 bits with float scales, both alike"
+        )
+    affine = [t.affine() for t in tensors]
+    middle = np.float32(2 ** (tensors[0].bits - 1))
+    symmetric = all(np.array_equal(scales * -middle, biases) for scales, biases in affine)
+    numbers = [a for pair in affine for a in pair[: 1 if symmetric else 2]]
+    half = all(np.array_equal(a.astype(np.float16).astype(np.float32), a) for a in numbers)
+    layout = Layout(tensors[0].bits, tensors[0].group_size, "f16" if half else "f32", symmetric)
+    return RowLayout(layout, tensors[0].shape[1], len(tensors))
+
+
+def _write_quantized(
+    pool: ThreadPool, layout: RowLayout, tensors: list[Quantized], data: NDArray[np.uint8]
+) -> None:
+    program, tiles = Program(), layout.tiles
+    scale_type: Any = np.float16 if tiles.kind == "f16" else np.float32
+    for part, tensor in enumerate(tensors):
+        packed = np.ascontiguousarray(tensor.packed)
+        scales, biases = (np.ascontiguousarray(a.astype(scale_type)) for a in tensor.affine())
+        at, size = data.ctypes.data, tiles.scale_bytes
+        places = (at + layout.codes_at(part), at + layout.scales_at(part), at + layout.biases_at(part))
+        source = (packed, scales, 0 if tiles.symmetric else biases)
+        shape = (layout.inputs, tiles.bits, tiles.group_size, size)
+        program.add(pack_neurons.pack_neuron_rows, len(packed), (*places, layout.neuron_bytes, *source, *shape))
+    program.seal()
+    program.run(pool)
+
+
+def _write_floats(pool: ThreadPool, floats: FloatRows, tensors: list[Tensor], data: NDArray[np.uint8]) -> None:
+    program = Program()
+    dtype = next(dtype for dtype, kind in FLOAT_KINDS.items() if kind == floats.kind)
+    for part, tensor in enumerate(tensors):
+        values = np.ascontiguousarray(dequantize(tensor) if isinstance(tensor, Quantized) else tensor.astype(dtype))
+        at = data.ctypes.data + part * floats.row_bytes
+        arguments = (at, floats.neuron_bytes, values, floats.inputs, values.dtype.itemsize)
+        program.add(pack_neurons.pack_neuron_floats, len(values), arguments)
+    program.seal()
+    program.run(pool)
+
+
+def row_kernels(rows: NeuronRows) -> tuple[Kernel, ...]:
+    """Every kernel that products with these neurons can need."""
+    return (sparse_rows(rows.layout), row_codes) if isinstance(rows.layout, RowLayout) else (sparse_rows(rows.layout),)
+
+
+def record_rows(
+    recording: Recording,
+    x: Buffer,
+    rows: NeuronRows,
+    table: NDArray[Any] | int,
+    activation: int,
+    values: Buffer | None = None,
+) -> Buffer:
+    """act(gate x) * up x, act(up x), or value * up x, of the neurons in a table.
+
+    Args:
+        x: one token [1, inputs].
+        rows: the weights.
+        table: of neurons, see `cpu_kernels.sparse_rows`: an array or its address.
+        activation: a number that `cpu_kernels.rows.activate` knows.
+        values: [1, neurons], where the gate was computed before.
+
+    Returns:
+        [1, 32 * groups of neurons], of which 32 for each entry of the table are written.
+    """
+    out = recording.new(1, 32 * rows.groups)
+    if isinstance(rows.layout, RowLayout):
+        source, each, first = _own_row_codes(recording, x)
+    else:
+        source, each, first = recording.own_floats(x)
+    pieces = min(rows.groups, PIECES * recording.threads)
+    extra = [0 if a is None else a for a in (rows.gate_bias, rows.up_bias)]
+    given = recording.floats(values).address if values else 0
+    scratch = recording.scratch("rows of neurons", SUMS_BYTES)
+    arguments = (out.address, table, rows.groups, rows.data, source, each, pieces, *extra, given, activation, scratch)
+    work = rows.layout.inputs * rows.neurons * rows.layout.parts
+    kernel = sparse_rows(rows.layout)
+    recording.program.add(kernel, pieces, (*arguments, SUMS_BYTES), first=first, work=work)
+    return out
+
+
+def _own_row_codes(recording: Recording, x: Buffer) -> tuple[Any, int, tuple[Kernel, int]]:
+    """Each thread's own codes by segment: where, bytes between the threads' copies, and how they make them."""
+    producer = recording.producer_of_codes(x)
+    row, panel_bytes, each = x.stride_bytes, codes.panel_bytes(x.width, 1), row_codes_bytes(x.width)
+    panel, out = recording.scratch("panel", panel_bytes), recording.scratch("row codes", each)
+    place = (recording.scratch("row", row), 0, row)
+    made = (producer.kernel.address, panel, panel_bytes, out, each, x.width)
+    arguments = (*made, *place, *producer.arguments, panel, panel_bytes, 1, 1, 1)
+    return out, each, (row_codes, recording.program.store(arguments))
