@@ -1,0 +1,199 @@
+"""`--sparsity METHOD:key=value,...`: a known shape made sparse with random routers, at densities that are forced.
+
+The method's own selector runs and is measured; then a fresh random list of the wanted length takes its result's place,
+at every token and in every layer. `lists` has no selector at all: what the kernels alone could give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ondevice.errors import OptionError
+from ondevice.layer import Early, EarlySelectedFfn, Router, SelectedFfn
+from ondevice.sparsity.d2dmoe import D2dmoe
+from ondevice.sparsity.lte import Lte
+from ondevice.sparsity.method import Method
+from ondevice.sparsity.polar import Polar, PolarHeads, PolarNeurons
+from ondevice.sparsity.selection import Selection
+from ondevice.sparsity.spark import Spark
+
+if TYPE_CHECKING:
+    from ondevice.decoder import Decoder
+    from ondevice.ops.base import Array, Ops
+    from ondevice.packing import Packer
+    from ondevice.spec import ModelSpec
+
+PUBLISHED = "published"
+PUBLISHED_ROWS = {1: 0.095, 2: 0.153, 4: 0.206, 8: 0.29, 16: 0.398, 32: 0.517, 64: 0.623, 128: 0.707, 256: 0.772}
+"""Mean part of OPT-6.7B's neurons that batches run, by their size. Source: Polar Sparsity, the calibration results that
+were published with its code."""
+KEYS: dict[str, dict[str, str]] = {
+    "lists": {"rows": "0.5", "block": "32"},
+    "lte": {"rows": "0.5", "block": "32"},
+    "d2dmoe": {"rows": "0.4", "block": "128", "width": "128"},
+    "polar": {"rows": PUBLISHED, "heads": "0.5", "rank": "1024"},
+    "spark": {"rows": "0.08", "tokens": "256"},
+}
+"""Keys of each method and what they are if not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lists(Method):
+    """Random lists without a selector."""
+
+    block: int = 32
+    rows: float = 0.5
+
+    name: ClassVar[str] = "lists"
+
+    def ffn(self, pack: Packer, i: int) -> SelectedFfn:
+        """As a method's, with no router."""
+        p, spec = f"layers.{i}.", pack.spec
+        weights = pack.ffn(p + "gate" if spec.gated else None, p + "up", p + "down", self.block)
+        units, ops = spec.d_ff // self.block, pack.ops
+        return SelectedFfn(
+            ops, lambda x: ops.expand(ops.random_selection(x, units, self.rows), self.block), weights, spec.activation
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """What an option asks for.
+
+    Args:
+        text: as it was written.
+        method: its name.
+        values: of each of the method's keys.
+    """
+
+    text: str
+    method: str
+    values: dict[str, str]
+
+    def number(self, key: str, high: float = 1.0) -> float:
+        """A number above 0 and up to `high`.
+
+        Raises:
+            OptionError: it is none.
+        """
+        text = self.values[key]
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= high:
+            raise OptionError(f"--sparsity {self.text}: {key} is {text!r}; it must be a number above 0, at most {high:g}")
+        return value
+
+    def whole(self, key: str, high: int = 1 << 20) -> int:
+        """A whole number from 1 on."""
+        value = self.number(key, high)
+        if value != int(value):
+            raise OptionError(f"--sparsity {self.text}: {key} is {self.values[key]!r}; it must be a whole number")
+        return int(value)
+
+    def rows(self, batch: int) -> float:
+        """Part of the neurons that a batch runs."""
+        if self.values["rows"] == PUBLISHED and self.method == "polar":
+            return PUBLISHED_ROWS[next((size for size in PUBLISHED_ROWS if size >= batch), 256)]
+        return self.number("rows")
+
+    def method_for(self, spec: ModelSpec, batches: Sequence[int]) -> Method:
+        """The method with settings that fit a model of this shape.
+
+        Raises:
+            OptionError: there are none, because the shape lacks what the method needs.
+        """
+        match self.method:
+            case "lists":
+                return Lists(self._block(spec), self.number("rows"))
+            case "lte":
+                return Lte(self._block(spec))
+            case "d2dmoe":
+                return D2dmoe(block=self._block(spec), width=self.whole("width"))
+            case "spark":
+                return self._spark(spec)
+        return self._polar(spec, batches)
+
+    def _block(self, spec: ModelSpec) -> int:
+        block = self.whole("block")
+        if spec.d_ff % block:
+            raise OptionError(f"--sparsity {self.text}: blocks of {block} do not divide the {spec.d_ff} neurons of a layer")
+        return block
+
+    def _spark(self, spec: ModelSpec) -> Method:
+        k = round(self.number("rows") * spec.d_ff)
+        return Spark.of_halves(spec, k, self.whole("tokens"))
+
+    def _polar(self, spec: ModelSpec, batches: Sequence[int]) -> Method:
+        heads = max(1, int(self.number("heads") * spec.n_heads))
+        unit = "head" if spec.group == 1 else "kv_group"
+        if spec.group > 1:
+            heads = max(1, int(self.number("heads") * spec.n_kv_heads))
+        neurons = None
+        if spec.activation == "relu":
+            table = tuple((b, (max(1, round(self.rows(b) * spec.d_ff)),) * spec.n_layers) for b in sorted(set(batches)))
+            neurons = PolarNeurons(min(self.whole("rank"), spec.d_model), table)
+        return Polar(neurons, PolarHeads(heads, unit))
+
+
+def parse(text: str) -> Sparsity:
+    """What `METHOD[:key=value,...]` asks for.
+
+    Raises:
+        OptionError: an unknown method, key, or no value.
+    """
+    name, _, rest = text.partition(":")
+    if name not in KEYS:
+        raise OptionError(f"--sparsity {text}: {name!r} is not known; known are {', '.join(KEYS)}")
+    values = dict(KEYS[name])
+    for item in filter(None, rest.split(",")):
+        key, sign, value = (part.strip() for part in item.partition("="))
+        if key not in values or not sign or not value:
+            raise OptionError(f"--sparsity {text}: {item!r}; write key=value with keys of {name}: {', '.join(values)}")
+        values[key] = value
+    return Sparsity(text, name, values)
+
+
+def force(decoder: Decoder, sparsity: Sparsity) -> None:
+    """Puts random lists of the wanted lengths in the place of what a decoder's selectors give."""
+    if sparsity.method in ("lists", "spark"):
+        return
+    ops = decoder.ops
+    for i, layer in enumerate(decoder.layers):
+        ffn = layer.ffn
+        if isinstance(ffn, SelectedFfn):
+            ffn = dataclasses.replace(ffn, selector=_Forced(ops, ffn.selector, sparsity.number("rows")))
+        router = layer.router
+        if isinstance(ffn, EarlySelectedFfn) or sparsity.method == "polar":
+            router = _ForcedRouter(ops, router, sparsity)
+        decoder.layers[i] = dataclasses.replace(layer, ffn=ffn, router=router)
+
+
+@dataclass(frozen=True, slots=True)
+class _Forced:
+    ops: Ops
+    selector: Callable[[Array], Selection]
+    rows: float
+
+    def __call__(self, x: Array) -> Selection:
+        return self.ops.forced(self.selector(x), self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _ForcedRouter:
+    ops: Ops
+    router: Router
+    sparsity: Sparsity
+
+    def __call__(self, x: Array, batch: int) -> Early:
+        early: Any = self.router(x, batch)
+        heads, neurons = early.heads, early.neurons
+        if heads is not None:
+            heads = self.ops.forced(heads, self.sparsity.number("heads"))
+        if neurons is not None:
+            neurons = self.ops.forced(neurons, self.sparsity.rows(batch))
+        return Early(heads, neurons)
