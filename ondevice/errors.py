@@ -50,3 +50,7 @@ class OptionError(OndeviceError, ValueError):
 
 class BackendError(OndeviceError):
     """The backend lacks an operation that the model needs."""
+
+
+class SparsityError(OndeviceError):
+    """A sparse path cannot run, and strict settings forbid the dense one."""

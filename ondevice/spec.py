@@ -7,12 +7,16 @@ nothing else. A field that no decoder branch reads has no place here.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ondevice.errors import ContextLengthError
+
+if TYPE_CHECKING:
+    from ondevice.sparsity.method import Method
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +122,7 @@ class ModelSpec:
         attention_softcap, logit_softcap: c * tanh(x / c) on scores and on logits; 0 switches off.
         embedding_scale: multiplies the token embedding.
         tied_head: the vocabulary head is the embedding table.
+        sparsity: how work is skipped; None for a dense model.
     """
 
     architecture: str
@@ -148,6 +153,7 @@ class ModelSpec:
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
     tied_head: bool = False
+    sparsity: Method | None = None
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -170,9 +176,15 @@ class ModelSpec:
             return 0
         return rope.original_context
 
+    @property
+    def rope_parts(self) -> int:
+        """Equal parts of a head that are rotated each on its own."""
+        return self.sparsity.rope_parts if self.sparsity else 1
+
     def layer_rope(self, layer: int) -> RopeSpec | None:
-        """Rotary embedding of one layer."""
-        return self.local_rope if self.local_rope and self.windows[layer] else self.rope
+        """Rotary embedding of one layer, of a part of a head where there are several."""
+        rope = self.local_rope if self.local_rope and self.windows[layer] else self.rope
+        return rope if rope is None or self.rope_parts == 1 else replace(rope, dim=rope.dim // self.rope_parts)
 
     def check_context(self, tokens: int, flag: str = "max_tokens") -> None:
         """Raises ContextLengthError if `tokens` exceed the model's context."""
@@ -187,7 +199,7 @@ class ModelSpec:
 
         Linears are [out, in]. Names: `embed`, `position`, `final_norm`, `head`, and `layers.N.` with `attn_norm`,
         `q`, `k`, `v`, `o`, `q_norm`, `k_norm`, `post_attn_norm`, `ffn_norm`, `gate`, `up`, `down`, `post_ffn_norm`;
-        each followed by `.weight` or `.bias`.
+        each followed by `.weight` or `.bias`. What skips work adds or changes names and shapes; its class says which.
         """
         d, q, kv = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocab_size, d)}
@@ -221,6 +233,8 @@ class ModelSpec:
             linear(p + "down", d, self.d_ff, self.ffn_bias)
             if self.post_norms:
                 norm(p + "post_ffn_norm")
+            if self.sparsity is not None:
+                self.sparsity.change_tensors(self, layer, shapes)
         norm("final_norm")
         if not self.tied_head:
             shapes["head.weight"] = (self.vocab_size, d)

@@ -29,11 +29,13 @@ class Fields:
         values: the settings.
         path: file that they come from, for messages.
         prefix: put before every key.
+        section: put before every key in messages: where these settings lie in the file.
     """
 
     values: Mapping[str, Any]
     path: Path
     prefix: str = ""
+    section: str = ""
 
     def raw(self, key: str, default: Any = _REQUIRED) -> Any:
         """The value of a key.
@@ -78,14 +80,29 @@ class Fields:
 
     def over(self, defaults: Mapping[str, Any]) -> Fields:
         """These settings, and others for the keys that are missing; one that is null stays null."""
-        return Fields({**defaults, **self.values}, self.path, self.prefix)
+        return Fields({**defaults, **self.values}, self.path, self.prefix, self.section)
 
     def sub(self, key: str) -> Fields:
         """The settings nested under a key, none if it is missing."""
         value = self.raw(key, {})
         if not isinstance(value, Mapping):
             raise self.error(key, f"{_short(value)} is no object")
-        return Fields(value, self.path)
+        return Fields(value, self.path, section=f"{self.section}{key}." if self.section else "")
+
+    def known(self, *keys: str) -> None:
+        """Raises CheckpointError if there is any other key."""
+        unknown = sorted(set(self.values) - set(keys))
+        if unknown:
+            raise self.error(unknown[0][:60], f"is unknown here, where {', '.join(keys)} may stand; take it out")
+
+    def integers(self, key: str, count: int, low: int = 1, high: int = MAX_WIDTH) -> tuple[int, ...]:
+        """A list of `count` integers in [low, high]."""
+        value = self.raw(key)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.error(key, f"must be a list of {count} integers")
+        if not all(type(x) is int and low <= x <= high for x in value):
+            raise self.error(key, f"must hold integers from {low} to {high} only")
+        return tuple(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of `count` positive finite numbers."""
@@ -98,11 +115,11 @@ class Fields:
 
     def error(self, key: str, problem: str) -> CheckpointError:
         """A CheckpointError about one key."""
-        return CheckpointError(self.path, problem, self.prefix + key)
+        return CheckpointError(self.path, problem, self.section + self.prefix + key)
 
     def unsupported(self, key: str, problem: str) -> UnsupportedModelError:
         """An UnsupportedModelError about one key."""
-        return UnsupportedModelError(self.path, problem, self.prefix + key)
+        return UnsupportedModelError(self.path, problem, self.section + self.prefix + key)
 
 
 def check_spec(spec: ModelSpec, path: Path) -> ModelSpec:

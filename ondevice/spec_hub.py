@@ -16,6 +16,8 @@ from ondevice import spec_hub_gemma as gemma
 from ondevice import spec_hub_gpt as gpt
 from ondevice import spec_hub_llama as llama
 from ondevice.errors import UnsupportedModelError
+from ondevice.sparsity.section import KEY as SECTION
+from ondevice.sparsity.section import read_section
 from ondevice.spec import ModelSpec
 from ondevice.spec_fields import Fields, check_spec
 
@@ -69,7 +71,8 @@ def spec_from_config(config: Mapping[str, Any], path: Path) -> ModelSpec:
         raise fields.unsupported(
             "model_type", f"{model_type[:60]!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    return check_spec(family.read(fields), path)
+    spec = family.read(fields)
+    return check_spec(dataclasses.replace(spec, sparsity=read_section(fields, check_spec(spec, path))), path)
 
 
 def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
@@ -91,6 +94,8 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         "model_type": spec.architecture,
         **family.write(spec),
     }
+    if spec.sparsity is not None:
+        config[SECTION] = spec.sparsity.section()
     _check_same(spec, spec_from_config(config, Path("config.json")))
     return config
 

@@ -119,6 +119,7 @@ class Checkpoint(ABC):
             "vocab_size": spec.vocab_size,
             "tied_head": spec.tied_head,
             "sliding_window": max(spec.windows),
+            "sparsity": spec.sparsity and spec.sparsity.section(),
         }
 
     def __enter__(self) -> Checkpoint:
@@ -141,11 +142,14 @@ def check_tensors(path: Path, spec: ModelSpec, found: dict[str, tuple[int, ...]]
         CheckpointError: a tensor is missing, unexpected or of the wrong shape.
     """
     wanted = {place.name: place.shape for place in places}
+    hint = ""
+    if spec.sparsity:
+        hint = f" (`sparsity` in config.json says {spec.sparsity.name}; take it out if this is the dense model)"
     for name, shape in wanted.items():
         if name not in found:
-            raise CheckpointError(path, f"the tensor is missing (shape {shape}); download the model again", name)
+            raise CheckpointError(path, f"the tensor is missing (shape {shape}); download the model again{hint}", name)
         if found[name] != shape:
-            raise CheckpointError(path, f"has the shape {found[name]}, the settings ask for {shape}", name)
+            raise CheckpointError(path, f"has the shape {found[name]}, the settings ask for {shape}{hint}", name)
     extra = sorted(found.keys() - wanted.keys())
     if extra:
         some = ", ".join(extra[:4]) + (", ..." if len(extra) > 4 else "")

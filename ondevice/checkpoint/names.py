@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+_ROUTERS = {"ffn_router": "mlp.router", "head_router": "self_attn.head_router"}
 _HUB = {
+    **_ROUTERS,
     "embed": "model.embed_tokens",
     "final_norm": "model.norm",
     "head": "lm_head",
@@ -33,6 +35,8 @@ _PHI3 = {
     **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
 }
 _GPT2 = {
+    "ffn_router": "mlp.router",
+    "head_router": "attn.head_router",
     "embed": "transformer.wte",
     "position": "transformer.wpe",
     "final_norm": "transformer.ln_f",
@@ -45,6 +49,7 @@ _GPT2 = {
     "down": "mlp.c_proj",
 }
 _OPT = {
+    **_ROUTERS,
     "embed": "model.decoder.embed_tokens",
     "position": "model.decoder.embed_positions",
     "final_norm": "model.decoder.final_layer_norm",
@@ -102,9 +107,11 @@ class Layout:
 
     def name(self, canonical: str) -> str:
         """`layers.3.q.weight` -> `model.layers.3.self_attn.q_proj.weight`, as this layout has it."""
-        *layer, module, kind = canonical.split(".")
-        place = f"{self.layers}.{layer[1]}." if layer else ""
-        return f"{place}{self.modules[module]}.{kind}"
+        module, *rest = parts = canonical.split(".")
+        if module != "layers":
+            return ".".join((self.modules[module], *rest))
+        _, number, module, *rest = parts
+        return ".".join((self.layers, number, self.modules[module], *rest))
 
     def unalias(self, stored: str) -> str | None:
         """The name that a tensor of a file has here; None if it is one to ignore."""

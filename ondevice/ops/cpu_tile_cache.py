@@ -51,7 +51,10 @@ def _digest_of_sources(files: Iterable[Path]) -> str:
 _SOURCES = _digest_of_sources(
     (
         *sorted((_PACKAGE / "checkpoint").glob("*.py")),
-        *(_PACKAGE / name for name in ("decoder.py", "ops/cpu_weights.py", "ops/cpu_tile_header.py")),
+        *(
+            _PACKAGE / name
+            for name in ("packing.py", "sparsity/method.py", "ops/cpu_weights.py", "ops/cpu_tile_header.py")
+        ),
         *(Path(module.__file__) for module in (kernel_tiles, pack)),
     )
 )

@@ -14,6 +14,7 @@ from ondevice.decoder import Decoder
 from ondevice.generation.kv_cache import PAGE, KVCache
 from ondevice.ops.base import Ops
 from ondevice.ops.reference import ReferenceOps
+from ondevice.sparsity.settings import SparsitySettings
 from ondevice.spec import ModelSpec
 from tests.kernels.rounding import rounded
 
@@ -68,10 +69,12 @@ def cpu_cache(cache: KVCache, spec: ModelSpec, length: int) -> tuple[NDArray[np.
     return k, v
 
 
-def make_decoder(spec: ModelSpec, tensors: Mapping[str, Tensor], ops: Ops | None = None) -> Decoder:
+def make_decoder(
+    spec: ModelSpec, tensors: Mapping[str, Tensor], ops: Ops | None = None, settings: SparsitySettings | None = None
+) -> Decoder:
     """A decoder of tensors in memory; on the reference table if no other is given."""
     checkpoint: Any = SimpleNamespace(spec=spec, tensor=tensors.__getitem__, release=lambda _: None)
-    return Decoder(checkpoint, ops or ReferenceOps())
+    return Decoder(checkpoint, ops or ReferenceOps(), settings=settings)
 
 
 def prefill_logits(decoder: Decoder, ids: Any, pieces: tuple[int, ...] = ()) -> NDArray[np.float32]:

@@ -77,10 +77,10 @@ def test_config_extra_and_tokenizer(tmp_path):
         def save(self, folder):
             (folder / "tokenizer.json").write_text("{}")
 
-    extra = {"sparsity": {"method": "polar"}, "eos_token_id": 3}
+    extra = {"made_by": {"tool": "a"}, "eos_token_id": 3}
     folder = tiny_checkpoint(tmp_path / "m", tokenizer=Tokenizer(), config_extra=extra)
     config = json.loads((folder / "config.json").read_text())
-    assert config["sparsity"] == {"method": "polar"} and config["torch_dtype"] == "float32"
+    assert config["made_by"] == {"tool": "a"} and config["torch_dtype"] == "float32"
     checkpoint = open_checkpoint(folder)
     assert checkpoint.generation_config == {"eos_token_id": 3}
     assert checkpoint.describe()["tokenizer"] == "tokenizer.json"

@@ -33,7 +33,7 @@ def test_memory_goes_back_with_the_model(model, folder, cached):
         decoder_of(model)
     loaded = ondevice.load(model, backend="cpu", threads=1)
     loaded.generate("Hi", max_tokens=2)
-    area = weakref.ref(area_of(loaded.decoder.layers[0].up[0].data))
+    area = weakref.ref(area_of(loaded.decoder.layers[0].ffn.up.weight[0].data))
     assert area() is not None
     del loaded
     gc.collect()
