@@ -21,9 +21,8 @@ def registers() -> int:
     """Vectors of 16 float32 that the instruction set's registers hold."""
     if "avx512f" in simd.features():
         return 32
-    # Others hold 8 (16 registers of 256 bits, 32 of 128) or 4. With slices that fill 8, LLVM 22 made kernels for AVX2
-    # that lost a slice's first sum, though the same loops were right by themselves; nothing was seen to fail with 4.
-    return 4
+    # 16 registers of 256 bits; 32 (Arm) or 16 of 128 bits.
+    return 8 if "fma" in simd.features() else 4
 
 
 def _fits(rows: int, vectors: int) -> bool:

@@ -25,6 +25,9 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from cpu_kernels import code_cache
+from cpu_kernels.linking import link_before_machine_code
+
+link_before_machine_code()
 
 SIGNATURE = types.void(types.int64, types.int64, types.int64)
 _KINDS = {"i": (types.int64, ir.IntType(64)), "f": (types.float64, ir.DoubleType())}

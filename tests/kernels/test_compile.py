@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
+
 import cpu_kernels
 from cpu_kernels import attention
 from cpu_kernels.float_linear import float_linear
 from cpu_kernels.gemm import gemm
 from cpu_kernels.gemv import gemv
+from cpu_kernels.simd import add, load_f32, store_f32
 from cpu_kernels.tiles import Layout
 
 ADD_TWO = """
@@ -57,3 +60,19 @@ def test_shapes_of_a_kernel_have_names_of_their_own() -> None:
         assert len(set(names)) == len(names)
     chunks = [attention.chunk(*shape).py_func.__qualname__ for shape in ((1, 16), (2, 16), (1, 32))]
     assert len(set(chunks)) == 3
+
+
+def test_callers_get_functions_as_they_were_before_machine_code_was_made() -> None:
+    """Making it rewrites loops (LLVM's names then have "lsr") and addresses, which lost sums of attention on AVX2."""
+
+    @numba.njit(error_model="numpy")
+    def add_all(out, x, n):
+        total = load_f32(out)
+        for i in range(n):
+            total = add(total, load_f32(x + 320 * i))
+        store_f32(out, total)
+
+    add_all.compile((numba.int64,) * 3)
+    (compiled,) = add_all.overloads.values()
+    assert "lsr." in str(compiled.library._final_module)
+    assert "lsr." not in str(compiled.library._get_module_for_linking())
