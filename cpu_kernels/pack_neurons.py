@@ -42,48 +42,18 @@ def _write_group(out, row, group, lane, m, bits):
         set_i32(out + 4 * i, word)
 
 
-@numba.njit(error_model="numpy")
-def _write_codes(out, row, groups, part, parts, bits):
-    """A row's codes into its neuron."""
-    whole = groups // 16 * 16
-    rest, count = groups - whole, (groups - whole) * parts
-    for group in range(whole):
-        start = part * whole + group // 16 * 16
-        _write_group(out + start * 4 * bits, row, group, group % 16, 16, bits)
-    first, m = 0, 16
-    while first < count:
-        while m > count + count % 2 - first:
-            m //= 2
-        here = out + (parts * whole + first) * 4 * bits
-        if first + m > count:
-            _clear(here, m * 4 * bits)
-        for place in range(max(first, part * rest), min(first + m, part * rest + rest)):
-            _write_group(here, row, whole + place - part * rest, place - first, m, bits)
-        first += m
-
-
-@numba.njit(error_model="numpy")
-def _write_numbers(out, source, groups, part, parts, each, size):
-    """Scales or biases, each of `each` groups of 32, into a neuron."""
-    whole = groups // 16 * 16
-    rest = groups - whole
-    _copy(out + part * whole // each * size, source, whole // each * size)
-    _copy(out + (parts * whole + part * rest) // each * size, source + whole // each * size, rest // each * size)
-    if parts * groups % 2:
-        _clear(out + groups * size, size)
-
-
-@kernel("pack neuron rows")
-def pack_neuron_rows(arguments, neuron, thread):
-    """Codes, scales and, if there are any, biases of one row of a neuron."""
-    (out, neuron_bytes, scales_at, biases_at, part, parts, packed, scales, biases, inputs, bits, group_size,
-     size) = unpack(arguments, "iiiiiiiiiiiii")  # fmt: skip
-    out += neuron * neuron_bytes
-    groups, each, source = inputs // 32, group_size // 32, neuron * (inputs // group_size) * size
-    _write_codes(out, packed + neuron * inputs * bits // 8, groups, part, parts, bits)
-    _write_numbers(out + scales_at, scales + source, groups, part, parts, each, size)
+@kernel("pack neuron groups")
+def pack_neuron_groups(arguments, neuron, thread):
+    """A run of groups of a canonical row: codes into a segment, scales and, if there are any, biases."""
+    (neuron_bytes, codes_out, scales_out, biases_out, m, lane, group, count, packed, scales, biases, inputs, bits,
+     group_size, size) = unpack(arguments, "iiiiiiiiiiiiiii")  # fmt: skip
+    skip, row, each = neuron * neuron_bytes, packed + neuron * inputs * bits // 8, group_size // 32
+    for i in range(count):
+        _write_group(codes_out + skip, row, group + i, lane + i, m, bits)
+    source, target = (neuron * (inputs // group_size) + group // each) * size, skip + lane // each * size
+    _copy(scales_out + target, scales + source, count // each * size)
     if biases != 0:
-        _write_numbers(out + biases_at, biases + source, groups, part, parts, each, size)
+        _copy(biases_out + target, biases + source, count // each * size)
 
 
 @kernel("pack neuron floats")

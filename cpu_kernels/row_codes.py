@@ -31,7 +31,7 @@ SECOND, SCALES, SUMS, STARTS, SECOND_STARTS, FINE, SEGMENT = 512, 1024, 1088, 11
 
 def row_codes_bytes(layout: RowLayout) -> int:
     """Bytes of a token's codes."""
-    return (layout.whole // 16 + len(layout.rest_segments)) * SEGMENT
+    return (layout.n_whole + len(layout.rest)) * SEGMENT
 
 
 @numba.njit(error_model="numpy")

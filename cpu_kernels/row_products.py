@@ -19,88 +19,61 @@ def quantized_products(b, layout, neurons, codes):
         codes: address of the token's.
     """
     totals = [[cgutils.alloca_once_value(b, simd.floats(0)) for _ in neurons] for _ in range(layout.parts)]
-    with cgutils.for_range(b, I64(layout.whole // 16)) as loop:
-        to_codes, to_numbers = (b.mul(loop.index, I64(at(16) - at(0))) for at in (layout.codes_at, layout.scales_at))
-
-        def add_whole(planes):
-            here = b.add(codes, b.mul(loop.index, I64(SEGMENT)))
-            for part, mine in enumerate(totals):
-                for (neuron, ahead), total in zip(neurons, mine):
-                    segment = _Segment(b, layout, part * layout.whole, 16, here)
-                    moved = (b.add(neuron, to_codes), b.add(neuron, to_numbers), ahead)
-                    b.store(segment.gained(b.load(total), *segment.sums(moved, planes)), total)
-
-        _by_planes(b, b.add(codes, b.mul(loop.index, I64(SEGMENT))), add_whole)
-    for number, (place, m) in enumerate(layout.rest_segments, layout.whole // 16):
-        segment = _Segment(b, layout, place, m, offset(b, codes, number * SEGMENT))
-
-        def add_rest(planes, segment=segment):
-            for i, (neuron, ahead) in enumerate(neurons):
-                added = segment.sums((neuron, neuron, ahead), planes)
-                for part, mine in enumerate(totals):
-                    before = b.load(mine[i])
-                    b.store(segment.kept(part, segment.gained(before, *added), before), mine[i])
-
-        _by_planes(b, segment.token, add_rest)
+    with cgutils.for_range(b, I64(layout.n_whole)) as loop:
+        step, token = b.mul(loop.index, I64(layout.whole.nbytes)), b.add(codes, b.mul(loop.index, I64(SEGMENT)))
+        _add_block(b, layout.whole, [(b.add(at, step), ahead) for at, ahead in neurons], token, totals)
+    for number, block in enumerate(layout.rest, layout.n_whole):
+        here = [(offset(b, at, block.at), ahead) for at, ahead in neurons]
+        _add_block(b, block, here, offset(b, codes, number * SEGMENT), totals)
     return [[b.load(total) for total in mine] for mine in totals]
 
 
-def _by_planes(b, token, add):
-    """`add` for two planes if the token's segment has a fine group, else for one."""
-    with b.if_else(b.icmp_signed("!=", simd.i32_at.build(b, offset(b, token, FINE)), I64(0))) as (fine, plain):
-        with fine:
-            add(2)
-        with plain:
-            add(1)
-
-
-class _Segment:
-    """Writes the products of one segment.
+def _add_block(b, block, neurons, token, totals):
+    """Adds what a block of each neuron gives to the totals [part][neuron].
 
     Args:
-        place, m: of its first group in a neuron, and how many groups.
-        token: address of the token's codes for it.
+        neurons: (address of the block, distance from there to what is to be fetched).
+        token: address of the token's codes for the block.
     """
+    with b.if_else(b.icmp_signed("!=", simd.i32_at.build(b, offset(b, token, FINE)), I64(0))) as (fine, plain):
+        for branch, planes in ((fine, 2), (plain, 1)):
+            with branch:
+                for i, (at, ahead) in enumerate(neurons):
+                    for line in range(0, block.nbytes, 64):
+                        simd.prefetch_l2.build(b, b.add(offset(b, at, line), ahead))
+                    for segment in range(block.segments):
+                        _add_segment(b, block, segment, at, token, planes, [mine[i] for mine in totals])
 
-    def __init__(self, b, layout, place, m, token):
-        self.b, self.layout, self.place, self.m, self.token = b, layout, place, m, token
 
-    def _at(self, address, ahead, distance):
-        at = offset(self.b, address, distance)
-        simd.prefetch_l2.build(self.b, self.b.add(at, ahead))
-        return at
-
-    def sums(self, neuron, planes):
-        """What a neuron's segment adds by lane: products, scales, and biases or None."""
-        b, layout, m = self.b, self.layout, self.m
-        to_codes, to_numbers, ahead = neuron
-        at = offset(b, to_codes, layout.codes_at(self.place))
-        for line in range(0, m * 4 * layout.tiles.bits, 64):
-            simd.prefetch_l2.build(b, b.add(offset(b, at, line), ahead))
-        us = layout.codes(b, layout.stored(b, at, m))
-        sums = None
-        for plane, starts in ((0, STARTS), (SECOND, SECOND_STARTS))[:planes]:
-            signed = [simd.load_bytes.build(b, offset(b, self.token, plane + 64 * j)) for j in range(m // 2)]
-            start = b.load(simd.pointer(b, offset(b, self.token, starts), simd.I.llvm), align=4)
-            new = integer_dots(b, start, us, signed, layout.tiles.bits)
-            sums = new if sums is None else b.add(b.shl(sums, simd.ints(8)), new)
-        value = b.fmul(simd.to_float.build(b, sums), simd.load_f32.build(b, offset(b, self.token, SCALES)))
-        scales = layout.numbers(b, self._at(to_numbers, ahead, layout.scales_at(self.place)), m)
-        if layout.tiles.symmetric:
-            return value, scales, None
-        return value, scales, layout.numbers(b, self._at(to_numbers, ahead, layout.biases_at(self.place)), m)
-
-    def gained(self, total, value, scales, biases):
-        """total + what `sums` found."""
-        total = simd.fma.build(self.b, value, scales, total)
-        if biases is None:
-            return total
-        return simd.fma.build(self.b, biases, simd.load_f32.build(self.b, offset(self.b, self.token, SUMS)), total)
-
-    def kept(self, part, new, before):
-        """new where a lane's group is of that row, else before."""
-        mine = [self.layout.owner(self.place + lane % self.m)[0] == part for lane in range(16)]
-        if all(mine) or self.layout.parts == 1:
-            return new
+def _add_segment(b, block, segment, at, token, planes, totals):
+    """Adds a segment's products to its rows' totals."""
+    value = b.fmul(_sums(b, block, segment, at, token, planes), simd.load_f32.build(b, offset(b, token, SCALES)))
+    scales = block.numbers(b, offset(b, at, block.scales_at(segment)))
+    biases = None if block.tiles.symmetric else block.numbers(b, offset(b, at, block.biases_at(segment)))
+    for part, total in enumerate(totals):
+        mine = [row + segment == part for row in _rows_of_lanes(block)]
+        if not any(mine):
+            continue
+        before = b.load(total)
+        after = simd.fma.build(b, value, scales, before)
+        if biases is not None:
+            after = simd.fma.build(b, biases, simd.load_f32.build(b, offset(b, token, SUMS)), after)
         lanes = ir.Constant(ir.VectorType(ir.IntType(1), 16), [int(m) for m in mine])
-        return self.b.select(lanes, new, before) if any(mine) else before
+        b.store(after if all(mine) else b.select(lanes, after, before), total)
+
+
+def _rows_of_lanes(block):
+    """The row that each lane of a block's first segment belongs to. A partner of zeros may go with any."""
+    owners = [block.owners[lane % block.m] for lane in range(16)]
+    return [0 if owner is None else owner[0] for owner in owners]
+
+
+def _sums(b, block, segment, at, token, planes):
+    """The integer sums of a segment by lane, as floats."""
+    us, sums = block.codes(b, block.stored(b, at, segment)), None
+    for plane, starts in ((0, STARTS), (SECOND, SECOND_STARTS))[:planes]:
+        signed = [simd.load_bytes.build(b, offset(b, token, plane + 64 * j)) for j in range(block.m // 2)]
+        start = b.load(simd.pointer(b, offset(b, token, starts), simd.I.llvm), align=4)
+        new = integer_dots(b, start, us, signed, block.tiles.bits)
+        sums = new if sums is None else b.add(b.shl(sums, simd.ints(8)), new)
+    return simd.to_float.build(b, sums)

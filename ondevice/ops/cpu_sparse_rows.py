@@ -113,14 +113,18 @@ def _write_quantized(
     pool: ThreadPool, layout: RowLayout, tensors: list[Quantized], data: NDArray[np.uint8]
 ) -> None:
     program, tiles = Program(), layout.tiles
+    data[:] = 0
     scale_type: Any = np.float16 if tiles.kind == "f16" else np.float32
     for part, tensor in enumerate(tensors):
         packed = np.ascontiguousarray(tensor.packed)
         scales, biases = (np.ascontiguousarray(a.astype(scale_type)) for a in tensor.affine())
-        place = (data, layout.neuron_bytes, layout.scales_at(0), layout.biases_at(0), part, layout.parts)
         source = (packed, scales, 0 if tiles.symmetric else biases)
         shape = (layout.inputs, tiles.bits, tiles.group_size, tiles.scale_bytes)
-        program.add(pack_neurons.pack_neuron_rows, len(packed), (*place, *source, *shape))
+        for block, segment, lane, group, count in layout.runs(part):
+            start = data.ctypes.data + block.at
+            places = [start + at(segment) for at in (block.codes_at, block.scales_at, block.biases_at)]
+            run = (layout.neuron_bytes, *places, block.m, lane, group, count)
+            program.add(pack_neurons.pack_neuron_groups, len(packed), (*run, *source, *shape))
     program.seal()
     program.run(pool)
 
