@@ -42,20 +42,20 @@ class FloatRows:
         return self.parts * self.row_bytes
 
 
-def float_products(b, layout, rows, x, hint=2):
-    """Builds each row's sums by lane.
+def float_products(b, layout, neurons, x):
+    """Builds the sums by lane of each row of some neurons: [part][neuron].
 
     Args:
-        rows: (part, address of the neuron, distance from there to what is to be fetched).
+        neurons: (address, distance from there to what is to be fetched).
         x: address of the token's floats.
     """
     load, size = LOADS[layout.kind]
+    rows = [(offset(b, neuron, part * layout.row_bytes), ahead) for part in range(layout.parts) for neuron, ahead in neurons]
     totals = [cgutils.alloca_once_value(b, simd.floats(0)) for _ in rows]
-    starts = [offset(b, neuron, part * layout.row_bytes) for part, neuron, _ in rows]
 
     def column(k, v):
-        for start, (_, _, ahead), total in zip(starts, rows, totals):
-            at = b.add(start, b.mul(k, I64(16 * size)))
+        for (row, ahead), total in zip(rows, totals):
+            at = b.add(row, b.mul(k, I64(16 * size)))
             simd.prefetch_l2.build(b, b.add(at, ahead))
             b.store(simd.fma.build(b, load.build(b, at), v, b.load(total)), total)
 
@@ -67,4 +67,5 @@ def float_products(b, layout, rows, x, hint=2):
         inside = ir.Constant(ir.VectorType(ir.IntType(1), 16), [int(lane < rest) for lane in range(16)])
         last = simd.load_f32.build(b, offset(b, x, 64 * whole))
         column(I64(whole), b.select(inside, last, simd.floats(0)))
-    return [b.load(total) for total in totals]
+    sums = [b.load(total) for total in totals]
+    return [sums[i : i + len(neurons)] for i in range(0, len(sums), len(neurons))]

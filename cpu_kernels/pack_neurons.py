@@ -15,6 +15,12 @@ def _copy(out, source, nbytes):
 
 
 @numba.njit(error_model="numpy")
+def _clear(out, nbytes):
+    for i in range(nbytes):
+        set_u8(out + i, 0)
+
+
+@numba.njit(error_model="numpy")
 def _quad(row, quad, bits):
     """Four codes of a canonical row, a byte each."""
     if bits == 8:
@@ -24,51 +30,30 @@ def _quad(row, quad, bits):
 
 
 @numba.njit(error_model="numpy")
-def _place(row, place, m, first, groups, bits):
-    """The four codes at a place (vector times 16 + lane) of a segment of m groups, zeros beyond the row."""
-    vector, lane = place // 16, place % 16
-    group = first + lane % m
-    return _quad(row, group * 8 + lane // m * (m // 2) + vector, bits) if group < groups else 0
-
-
-@numba.njit(error_model="numpy")
-def _write_segment(out, row, m, first, groups, bits):
-    """Returns where the next segment goes."""
+def _write_group(out, row, group, lane, m, bits):
+    """The codes of a group into a segment of m groups, in which it is number `lane`."""
     words = m * bits
-    for i in range(words):
-        word = _place(row, i, m, first, groups, bits)
-        if bits == 4:
-            word |= _place(row, i + words, m, first, groups, bits) << 4
+    for i in range(lane, words, m):
+        word = 0
+        for half in range(8 // bits):
+            place = i + half * words
+            quad = place % 16 // m * (m // 2) + place // 16
+            word |= _quad(row, group * 8 + quad, bits) << 4 * half
         set_i32(out + 4 * i, word)
-    return out + 4 * words
 
 
-@kernel("pack neuron rows")
-def pack_neuron_rows(arguments, neuron, thread):
-    """One row of a neuron: its codes, scales and, if there are any, biases, each to its place."""
-    (codes_out, scales_out, biases_out, neuron_bytes, packed, scales, biases, inputs, bits, group_size,
-     size) = unpack(arguments, "iiiiiiiiiii")  # fmt: skip
-    groups, skip = inputs // 32, neuron * neuron_bytes
-    row, out, first = packed + neuron * inputs * bits // 8, codes_out + skip, 0
-    while first < groups:
-        m = 16
-        while first + m > groups + groups % 2:
-            m //= 2
-        out = _write_segment(out, row, m, first, groups, bits)
-        first += m
-    columns = inputs // group_size
-    source = neuron * columns * size
-    _write_numbers(scales_out + skip, scales + source, columns, size, group_size)
+@kernel("pack neuron groups")
+def pack_neuron_groups(arguments, neuron, thread):
+    """A run of groups of a canonical row: codes into a segment, scales and, if there are any, biases."""
+    (neuron_bytes, codes_out, scales_out, biases_out, m, lane, group, count, packed, scales, biases, inputs, bits,
+     group_size, size) = unpack(arguments, "iiiiiiiiiiiiiii")  # fmt: skip
+    skip, row, each = neuron * neuron_bytes, packed + neuron * inputs * bits // 8, group_size // 32
+    for i in range(count):
+        _write_group(codes_out + skip, row, group + i, lane + i, m, bits)
+    source, target = (neuron * (inputs // group_size) + group // each) * size, skip + lane // each * size
+    _copy(scales_out + target, scales + source, count // each * size)
     if biases != 0:
-        _write_numbers(biases_out + skip, biases + source, columns, size, group_size)
-
-
-@numba.njit(error_model="numpy")
-def _write_numbers(out, source, columns, size, group_size):
-    _copy(out, source, columns * size)
-    if group_size == 32 and columns % 2:
-        for i in range(size):
-            set_u8(out + columns * size + i, 0)
+        _copy(biases_out + target, biases + source, count // each * size)
 
 
 @kernel("pack neuron floats")
@@ -77,5 +62,4 @@ def pack_neuron_floats(arguments, neuron, thread):
     out, neuron_bytes, weight, inputs, size = unpack(arguments, "iiiii")
     out += neuron * neuron_bytes
     _copy(out, weight + neuron * inputs * size, inputs * size)
-    for i in range(inputs * size, -(-inputs // 16) * 16 * size):
-        set_u8(out + i, 0)
+    _clear(out + inputs * size, -inputs % 16 * size)

@@ -1,20 +1,23 @@
-"""Quantized weights by neuron: all rows that one neuron needs are one piece of memory, for neurons that are picked singly.
+"""Quantized weights by neuron: all rows that a neuron needs are one piece of memory, for neurons that are picked singly.
 
-A lane of a vector is a group of 32 inputs, so that one dot-product instruction adds to 16 groups of a row at once. A row
-is cut into segments of 16 groups; what is left, rounded up to an even number of groups, into segments of 8, 4 and 2. A
-segment of m groups is m / 2 vectors of codes:
+A neuron has one row or two (gate and up). A lane of a vector is a group of 32 inputs, so that one dot-product
+instruction adds to 16 groups of a row at once. Such 16 groups are a segment; what is left of all rows of a neuron makes
+segments of 16, 8, 4 and 2 groups together (an odd last group has a partner of zeros). A neuron is a run of blocks, in
+the order in which they are read: first the segments of 16 groups of each row that belong to the same inputs, then, in
+blocks of their own, those of what is left. A block holds codes by segment, then scales, then, unless symmetric, biases.
+Groups of 64 or 128 inputs keep one scale, which is spread over lanes when read.
 
-    lane l of vector j holds quad (l // m) * (m / 2) + j (4 inputs each) of group l % m
+The codes of a segment of m groups are m / 2 vectors of 16 quads (4 inputs each):
 
-With 8 bits they follow each other; with 4 bits, half as many bytes hold the first half of those bytes in their low
-halves and the other in their high ones. A neuron's piece holds, for each of its rows (gate and up, or up alone) codes;
-then for each of them the scales by group; then, unless symmetric, the biases. Groups of 64 or 128 inputs keep one scale,
-which is spread over lanes when read.
+    lane l of vector j holds quad (l // m) * (m / 2) + j of the segment's group l % m
+
+With 8 bits these bytes follow each other; with 4 bits, half as many hold the first half of them in their low halves and
+the other in their high ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llvmlite import ir
@@ -23,16 +26,77 @@ from cpu_kernels import simd
 from cpu_kernels.simd import I8, I16, I32, SINGLE, offset
 from cpu_kernels.tiles import Layout
 
-SEGMENTS = (16, 8, 4, 2)
-"""Groups of a segment, the widest first."""
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Segments of a neuron that are written together.
 
-def segments(inputs: int) -> list[tuple[int, int]]:
-    """(first group, groups) of each segment of a row; the last may reach one group beyond the row."""
-    found, groups = [], -(-inputs // 64) * 2
-    while rest := groups - sum(m for _, m in found):
-        found.append((groups - rest, next(m for m in SEGMENTS if m <= rest)))
-    return found
+    Args:
+        tiles: bits, group size, kind of scales and symmetry.
+        at: bytes from the neuron's first.
+        m: groups of a segment.
+        owners: row and group of each group of the first segment; None for the partner of an odd last group.
+        segments: how many; those after the first belong to the same groups of the following rows.
+    """
+
+    tiles: Layout
+    at: int
+    m: int
+    owners: tuple[tuple[int, int] | None, ...]
+    segments: int
+
+    @property
+    def _codes(self) -> int:
+        return self.m * 4 * self.tiles.bits
+
+    @property
+    def _numbers(self) -> int:
+        return self.m * 32 // self.tiles.group_size * self.tiles.scale_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block."""
+        return self.segments * (self._codes + self._numbers * (1 if self.tiles.symmetric else 2))
+
+    def codes_at(self, segment: int) -> int:
+        """Where in the block a segment's codes are."""
+        return segment * self._codes
+
+    def scales_at(self, segment: int) -> int:
+        """Where in the block a segment's scales are."""
+        return self.segments * self._codes + segment * self._numbers
+
+    def biases_at(self, segment: int) -> int:
+        """Where in the block a segment's biases are."""
+        return self.scales_at(self.segments + segment)
+
+    # What follows writes LLVM IR.
+
+    def stored(self, b: Any, block: Any, segment: int) -> list[Any]:
+        """The bytes of a segment's codes as they are in memory, as vectors."""
+        kind = ir.VectorType(I8, min(self._codes, 64))
+        starts = range(self.codes_at(segment), self.codes_at(segment + 1), 64)
+        return [b.load(simd.pointer(b, offset(b, block, at), kind), align=1) for at in starts]
+
+    def codes(self, b: Any, stored: list[Any]) -> list[Any]:
+        """The m / 2 vectors of codes in a segment's bytes."""
+        if self.tiles.bits == 8:
+            return stored
+        count = stored[0].type.count
+        low = [b.and_(v, ir.Constant(v.type, [15] * count)) for v in stored]
+        high = [b.lshr(v, ir.Constant(v.type, [4] * count)) for v in stored]
+        if count == 64:
+            return [*low, *high]
+        return [b.shuffle_vector(low[0], high[0], ir.Constant(ir.VectorType(I32, 64), list(range(64))))]
+
+    def numbers(self, b: Any, address: Any) -> Any:
+        """Scales or biases of a segment as floats, each in all lanes of its group."""
+        each = self.tiles.group_size // 32
+        raw = ir.VectorType(I16 if self.tiles.kind == "f16" else SINGLE, self.m // each)
+        few = b.load(simd.pointer(b, address, raw), align=self.tiles.scale_bytes)
+        order = ir.Constant(ir.VectorType(I32, 16), [lane % self.m // each for lane in range(16)])
+        spread = few if self.m // each == 16 else b.shuffle_vector(few, few, order)
+        return simd._widen(b, spread) if self.tiles.kind == "f16" else spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,59 +119,40 @@ class RowLayout:
         return f"{self.tiles.label} {self.parts} of {self.inputs}"
 
     @property
-    def code_bytes(self) -> int:
-        """Bytes of the codes of a row, those of an odd last group doubled."""
-        return -(-self.inputs // 64) * 8 * self.tiles.bits
+    def whole(self) -> Block:
+        """The first of the blocks with 16 groups of each row."""
+        return Block(self.tiles, 0, 16, tuple((0, group) for group in range(16)), self.parts)
 
     @property
-    def number_bytes(self) -> int:
-        """Bytes of the scales of a row."""
-        size = max(self.tiles.group_size, 64)
-        return -(-self.inputs // size) * (size // self.tiles.group_size) * self.tiles.scale_bytes
+    def n_whole(self) -> int:
+        """How many such blocks there are, one after the other."""
+        return self.inputs // 512
+
+    @property
+    def rest(self) -> list[Block]:
+        """The blocks of what is left."""
+        first, end = self.n_whole * 16, self.inputs // 32
+        owners: list[Any] = [(part, group) for part in range(self.parts) for group in range(first, end)]
+        owners += [None] * (len(owners) % 2)
+        found, at = [], self.n_whole * self.whole.nbytes
+        while owners:
+            m = next(m for m in (16, 8, 4, 2) if m <= len(owners))
+            found.append(Block(self.tiles, at, m, tuple(owners[:m]), 1))
+            owners, at = owners[m:], at + found[-1].nbytes
+        return found
 
     @property
     def neuron_bytes(self) -> int:
         """Bytes of a neuron."""
-        return self.parts * (self.code_bytes + self.number_bytes * (1 if self.tiles.symmetric else 2))
+        return self.n_whole * self.whole.nbytes + sum(block.nbytes for block in self.rest)
 
-    def codes_at(self, part: int, group: int = 0) -> int:
-        """Where in a neuron the codes of a row's segment begin, whose first group is given."""
-        return part * self.code_bytes + group * 4 * self.tiles.bits
-
-    def scales_at(self, part: int, group: int = 0) -> int:
-        """Where in a neuron the scales of a row's segment begin."""
-        numbers = self.parts * self.code_bytes + part * self.number_bytes
-        return numbers + group * 32 // self.tiles.group_size * self.tiles.scale_bytes
-
-    def biases_at(self, part: int, group: int = 0) -> int:
-        """Where in a neuron the biases of a row's segment begin."""
-        return self.scales_at(part, group) + self.parts * self.number_bytes
-
-    # What follows writes LLVM IR.
-
-    def stored(self, b: Any, address: Any, m: int) -> list[tuple[Any, Any]]:
-        """(address, vector) of the bytes of a segment's codes as they are in memory."""
-        nbytes = m * 4 * self.tiles.bits
-        kind = ir.VectorType(I8, min(nbytes, 64))
-        places = [offset(b, address, at) for at in range(0, nbytes, 64)]
-        return [(at, b.load(simd.pointer(b, at, kind), align=1)) for at in places]
-
-    def codes(self, b: Any, stored: list[Any]) -> list[Any]:
-        """The m / 2 vectors of codes in a segment's bytes."""
-        if self.tiles.bits == 8:
-            return stored
-        count = stored[0].type.count
-        low = [b.and_(v, ir.Constant(v.type, [15] * count)) for v in stored]
-        high = [b.lshr(v, ir.Constant(v.type, [4] * count)) for v in stored]
-        if count == 64:
-            return [*low, *high]
-        return [b.shuffle_vector(low[0], high[0], ir.Constant(ir.VectorType(I32, 64), list(range(64))))]
-
-    def numbers(self, b: Any, address: Any, m: int) -> Any:
-        """Scales or biases of a segment as floats, each in all lanes of its group."""
-        each = self.tiles.group_size // 32
-        raw = ir.VectorType(I16 if self.tiles.kind == "f16" else SINGLE, m // each)
-        few = b.load(simd.pointer(b, address, raw), align=raw.element.width // 8 if raw.element is I16 else 4)
-        order = ir.Constant(ir.VectorType(I32, 16), [lane % m // each for lane in range(16)])
-        spread = few if m // each == 16 else b.shuffle_vector(few, few, order)
-        return simd._widen(b, spread) if self.tiles.kind == "f16" else spread
+    def runs(self, part: int) -> list[tuple[Block, int, int, int, int]]:
+        """Where the groups of a row are: block, segment, lane of the first, its group, and how many, in order."""
+        found = []
+        for i in range(self.n_whole):
+            found.append((replace(self.whole, at=i * self.whole.nbytes), part, 0, 16 * i, 16))
+        for block in self.rest:
+            lanes = [lane for lane, owner in enumerate(block.owners) if owner and owner[0] == part]
+            if lanes:
+                found.append((block, 0, lanes[0], block.owners[lanes[0]][1], len(lanes)))
+        return found

@@ -2,65 +2,78 @@
 
 from __future__ import annotations
 
+from llvmlite import ir
 from numba.core import cgutils
 
 from cpu_kernels import simd
 from cpu_kernels.integer_dots import integer_dots
 from cpu_kernels.row_codes import FINE, SCALES, SECOND, SECOND_STARTS, SEGMENT, STARTS, SUMS
-from cpu_kernels.row_layout import segments
 from cpu_kernels.simd import I64, offset
 
-def products(b, layout, rows, codes, hint):
-    """Each row's sums by lane. rows: (part, address of the neuron, from there to what is to be fetched)."""
-    totals = [cgutils.alloca_once_value(b, simd.floats(0)) for _ in rows]
-    found = segments(layout.inputs)
-    whole = sum(m == 16 for _, m in found)
-    with cgutils.for_range(b, I64(whole)) as loop:
-        base = b.mul(loop.index, I64(layout.codes_at(0, 16)))
-        scales = b.mul(loop.index, I64(layout.scales_at(0, 16) - layout.scales_at(0)))
-        _segment(b, layout, rows, totals, 16, (base, scales), b.add(codes, b.mul(loop.index, I64(SEGMENT))), hint)
-    for number, (first, m) in enumerate(found[whole:], whole):
-        distances = (I64(layout.codes_at(0, first)), I64(layout.scales_at(0, first) - layout.scales_at(0)))
-        _segment(b, layout, rows, totals, m, distances, offset(b, codes, number * SEGMENT), hint)
-    return [b.load(total) for total in totals]
+
+def quantized_products(b, layout, neurons, codes):
+    """Builds the sums by lane of each row of some neurons: [part][neuron].
+
+    Args:
+        neurons: (address, distance from there to what is to be fetched).
+        codes: address of the token's.
+    """
+    totals = [[cgutils.alloca_once_value(b, simd.floats(0)) for _ in neurons] for _ in range(layout.parts)]
+    with cgutils.for_range(b, I64(layout.n_whole)) as loop:
+        step, token = b.mul(loop.index, I64(layout.whole.nbytes)), b.add(codes, b.mul(loop.index, I64(SEGMENT)))
+        _add_block(b, layout.whole, [(b.add(at, step), ahead) for at, ahead in neurons], token, totals)
+    for number, block in enumerate(layout.rest, layout.n_whole):
+        here = [(offset(b, at, block.at), ahead) for at, ahead in neurons]
+        _add_block(b, block, here, offset(b, codes, number * SEGMENT), totals)
+    return [[b.load(total) for total in mine] for mine in totals]
 
 
-def _segment(b, layout, rows, totals, m, distances, codes, hint):
-    with b.if_else(b.icmp_signed("!=", simd.i32_at.build(b, offset(b, codes, FINE)), I64(0))) as (fine, plain):
+def _add_block(b, block, neurons, token, totals):
+    """Adds what a block of each neuron gives to the totals [part][neuron].
+
+    Args:
+        neurons: (address of the block, distance from there to what is to be fetched).
+        token: address of the token's codes for the block.
+    """
+    with b.if_else(b.icmp_signed("!=", simd.i32_at.build(b, offset(b, token, FINE)), I64(0))) as (fine, plain):
         for branch, planes in ((fine, 2), (plain, 1)):
             with branch:
-                for row, total in zip(rows, totals):
-                    b.store(_gained(b, layout, row, b.load(total), m, distances, codes, planes, hint), total)
+                for i, (at, ahead) in enumerate(neurons):
+                    for line in range(0, block.nbytes, 64):
+                        simd.prefetch_l2.build(b, b.add(offset(b, at, line), ahead))
+                    for segment in range(block.segments):
+                        _add_segment(b, block, segment, at, token, planes, [mine[i] for mine in totals])
 
 
-def _gained(b, layout, row, total, m, distances, codes, planes, hint):
-    """total + what a segment adds to it."""
-    part, neuron, ahead = row
-    to_codes, to_numbers = distances
-    stored = layout.stored(b, b.add(offset(b, neuron, layout.codes_at(part)), to_codes), m)
-    pre = simd.prefetch if hint == 1 else simd.prefetch_l2
-    if hint:
-        for at, _ in stored:
-            pre.build(b, b.add(at, ahead))
-    us = layout.codes(b, [v for _, v in stored])
-    sums = simd.ints(0)
+def _add_segment(b, block, segment, at, token, planes, totals):
+    """Adds a segment's products to its rows' totals."""
+    value = b.fmul(_sums(b, block, segment, at, token, planes), simd.load_f32.build(b, offset(b, token, SCALES)))
+    scales = block.numbers(b, offset(b, at, block.scales_at(segment)))
+    biases = None if block.tiles.symmetric else block.numbers(b, offset(b, at, block.biases_at(segment)))
+    for part, total in enumerate(totals):
+        mine = [row + segment == part for row in _rows_of_lanes(block)]
+        if not any(mine):
+            continue
+        before = b.load(total)
+        after = simd.fma.build(b, value, scales, before)
+        if biases is not None:
+            after = simd.fma.build(b, biases, simd.load_f32.build(b, offset(b, token, SUMS)), after)
+        lanes = ir.Constant(ir.VectorType(ir.IntType(1), 16), [int(m) for m in mine])
+        b.store(after if all(mine) else b.select(lanes, after, before), total)
+
+
+def _rows_of_lanes(block):
+    """The row that each lane of a block's first segment belongs to. A partner of zeros may go with any."""
+    owners = [block.owners[lane % block.m] for lane in range(16)]
+    return [0 if owner is None else owner[0] for owner in owners]
+
+
+def _sums(b, block, segment, at, token, planes):
+    """The integer sums of a segment by lane, as floats."""
+    us, sums = block.codes(b, block.stored(b, at, segment)), None
     for plane, starts in ((0, STARTS), (SECOND, SECOND_STARTS))[:planes]:
-        signed = [simd.load_bytes.build(b, offset(b, codes, plane + 64 * j)) for j in range(m // 2)]
-        start = simd.ints(0)
-        if layout.tiles.symmetric:
-            raw = b.load(simd.pointer(b, offset(b, codes, starts), simd.I.llvm), align=4)
-            start = b.shl(raw, simd.ints(layout.tiles.bits - 1))
-        sums = b.add(b.shl(sums, simd.ints(8)), integer_dots(b, start, us, signed, layout.tiles.bits))
-    at = b.add(offset(b, neuron, layout.scales_at(part)), to_numbers)
-    if hint:
-        pre.build(b, b.add(at, ahead))
-    value = b.fmul(simd.to_float.build(b, sums), simd.load_f32.build(b, offset(b, codes, SCALES)))
-    total = simd.fma.build(b, value, layout.numbers(b, at, m), total)
-    if layout.tiles.symmetric:
-        return total
-    at = b.add(offset(b, neuron, layout.biases_at(part)), to_numbers)
-    if hint:
-        pre.build(b, b.add(at, ahead))
-    return simd.fma.build(b, layout.numbers(b, at, m), simd.load_f32.build(b, offset(b, codes, SUMS)), total)
-
-
+        signed = [simd.load_bytes.build(b, offset(b, token, plane + 64 * j)) for j in range(block.m // 2)]
+        start = b.load(simd.pointer(b, offset(b, token, starts), simd.I.llvm), align=4)
+        new = integer_dots(b, start, us, signed, block.tiles.bits)
+        sums = new if sums is None else b.add(b.shl(sums, simd.ints(8)), new)
+    return simd.to_float.build(b, sums)

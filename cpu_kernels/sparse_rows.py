@@ -23,7 +23,7 @@ from cpu_kernels import simd
 from cpu_kernels.compile import Kernel, kernel, unpack
 from cpu_kernels.float_rows import FloatRows, float_products
 from cpu_kernels.row_layout import RowLayout
-from cpu_kernels.row_products import products
+from cpu_kernels.row_products import quantized_products
 from cpu_kernels.rows import activate
 from cpu_kernels.simd import I64, f32_at, i32_at, load_f32, mul, offset, set_f32, store_f32
 from cpu_kernels.sum_lanes import sums_of_each
@@ -35,7 +35,7 @@ HEADER = 64
 
 
 @functools.cache
-def _pack_sums(layout: RowLayout, AT_ONCE: int = 2, HINT: int = 2):
+def _pack_sums(layout: RowLayout, AT_ONCE: int = 2):
     """Intrinsic: the rows of 4 neurons times a token -> their sums at `out`, those of the second rows 128 bytes on.
 
     `neurons` and `ahead` are where the table names them and those to be fetched for what follows.
@@ -43,7 +43,7 @@ def _pack_sums(layout: RowLayout, AT_ONCE: int = 2, HINT: int = 2):
 
     @intrinsic
     def pack_sums(context, out, weights, neurons, ahead, codes):
-        multiply = products if isinstance(layout, RowLayout) else float_products
+        multiply = quantized_products if isinstance(layout, RowLayout) else float_products
 
         def codegen(ctx, b, signature, args):
             out, weights, neurons, ahead, codes = args
@@ -53,13 +53,9 @@ def _pack_sums(layout: RowLayout, AT_ONCE: int = 2, HINT: int = 2):
                 return b.add(weights, b.mul(number, I64(layout.neuron_bytes)))
 
             places = [neuron(neurons, i) for i in range(PACK)]
-            rows = [(p, place, b.sub(neuron(ahead, i), place)) for p in range(layout.parts) for i, place in enumerate(places)]
-            rows = sorted(rows, key=lambda r: places.index(r[1]))
-            totals = []
-            for first in range(0, len(rows), AT_ONCE):
-                totals += multiply(b, layout, rows[first : first + AT_ONCE], codes, HINT)
-            totals = [t for p in range(layout.parts) for t, r in zip(totals, rows) if r[0] == p]
-            sums = sums_of_each(b, totals)
+            places = [(place, b.sub(neuron(ahead, i), place)) for i, place in enumerate(places)]
+            some = [multiply(b, layout, places[i : i + AT_ONCE], codes) for i in range(0, PACK, AT_ONCE)]
+            sums = sums_of_each(b, [total for part in zip(*some) for totals in part for total in totals])
             for p in range(layout.parts):
                 order = ir.Constant(ir.VectorType(simd.I32, PACK), list(range(p * PACK, p * PACK + PACK)))
                 part = b.shuffle_vector(sums, sums, order)
@@ -94,7 +90,7 @@ def finish_entry(out, sums, neurons, count, gate_bias, up_bias, values, kind, ga
 
 
 @functools.cache
-def sparse_rows(layout: RowLayout, AT_ONCE: int = 2, HINT: int = 2) -> Kernel:
+def sparse_rows(layout: RowLayout, AT_ONCE: int = 2) -> Kernel:
     """Kernel: act(gate x) * up x of the neurons in a table, act(up x), or value * up x.
 
     Args:
@@ -103,9 +99,9 @@ def sparse_rows(layout: RowLayout, AT_ONCE: int = 2, HINT: int = 2) -> Kernel:
     Its arguments: out, table, G, weights, codes and the bytes between those of threads, pieces of work, biases of gate
     and up and values (0 for none), kind of activation, scratch memory and bytes of it for each thread.
     """
-    pack_sums, gated = _pack_sums(layout, AT_ONCE, HINT), layout.parts == 2
+    pack_sums, gated = _pack_sums(layout, AT_ONCE), layout.parts == 2
 
-    @kernel(f"sparse rows {layout.label} {AT_ONCE} {HINT}")
+    @kernel(f"sparse rows {layout.label} {AT_ONCE}")
     def sparse_rows(arguments, piece, thread):
         (out, table, groups, weights, codes, codes_bytes, pieces, gate_bias, up_bias, values, kind, scratch,
          scratch_bytes) = unpack(arguments, "iiiiiiiiiiiii")  # fmt: skip

@@ -113,15 +113,18 @@ def _write_quantized(
     pool: ThreadPool, layout: RowLayout, tensors: list[Quantized], data: NDArray[np.uint8]
 ) -> None:
     program, tiles = Program(), layout.tiles
+    data[:] = 0
     scale_type: Any = np.float16 if tiles.kind == "f16" else np.float32
     for part, tensor in enumerate(tensors):
         packed = np.ascontiguousarray(tensor.packed)
         scales, biases = (np.ascontiguousarray(a.astype(scale_type)) for a in tensor.affine())
-        at, size = data.ctypes.data, tiles.scale_bytes
-        places = (at + layout.codes_at(part), at + layout.scales_at(part), at + layout.biases_at(part))
         source = (packed, scales, 0 if tiles.symmetric else biases)
-        shape = (layout.inputs, tiles.bits, tiles.group_size, size)
-        program.add(pack_neurons.pack_neuron_rows, len(packed), (*places, layout.neuron_bytes, *source, *shape))
+        shape = (layout.inputs, tiles.bits, tiles.group_size, tiles.scale_bytes)
+        for block, segment, lane, group, count in layout.runs(part):
+            start = data.ctypes.data + block.at
+            places = [start + at(segment) for at in (block.codes_at, block.scales_at, block.biases_at)]
+            run = (layout.neuron_bytes, *places, block.m, lane, group, count)
+            program.add(pack_neurons.pack_neuron_groups, len(packed), (*run, *source, *shape))
     program.seal()
     program.run(pool)
 
@@ -165,7 +168,7 @@ def record_rows(
     """
     out = recording.new(1, 32 * rows.groups)
     if isinstance(rows.layout, RowLayout):
-        source, each, first = _own_row_codes(recording, x)
+        source, each, first = _own_row_codes(recording, x, rows.layout)
     else:
         source, each, first = recording.own_floats(x)
     pieces = min(rows.groups, PIECES * recording.threads)
@@ -179,12 +182,12 @@ def record_rows(
     return out
 
 
-def _own_row_codes(recording: Recording, x: Buffer) -> tuple[Any, int, tuple[Kernel, int]]:
+def _own_row_codes(recording: Recording, x: Buffer, layout: RowLayout) -> tuple[Any, int, tuple[Kernel, int]]:
     """Each thread's own codes by segment: where, bytes between the threads' copies, and how they make them."""
     producer = recording.producer_of_codes(x)
-    row, panel_bytes, each = x.stride_bytes, codes.panel_bytes(x.width, 1), row_codes_bytes(x.width)
+    row, panel_bytes, each = x.stride_bytes, codes.panel_bytes(x.width, 1), row_codes_bytes(layout)
     panel, out = recording.scratch("panel", panel_bytes), recording.scratch("row codes", each)
-    place = (recording.scratch("row", row), 0, row)
-    made = (producer.kernel.address, panel, panel_bytes, out, each, x.width)
-    arguments = (*made, *place, *producer.arguments, panel, panel_bytes, 1, 1, 1)
-    return out, each, (row_codes, recording.program.store(arguments))
+    middle = 1 << layout.tiles.bits - 1 if layout.tiles.symmetric else 0
+    place = (producer.kernel.address, panel, panel_bytes, out, each, x.width, layout.parts, middle)
+    made = (recording.scratch("row", row), 0, row, *producer.arguments, panel, panel_bytes, 1, 1, 1)
+    return out, each, (row_codes, recording.program.store((*place, *made)))
