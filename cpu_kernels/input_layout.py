@@ -6,11 +6,11 @@ A matrix is a run of groups of inputs (32 for floats, else those that share scal
     scales [outputs], then biases [outputs] (neither for floats, no biases if symmetric), up to a whole cache line
     [inputs of the group][wide segments], then [inputs of the group][narrow segments], up to a whole cache line
 
-A wide segment holds one input's values for 4 vectors of outputs (8 if they have 4 bits), a narrow one for 1 (2); narrow
-ones hold the outputs that fill no wide one. Rows and inputs that do not exist are 0. Integers are written so that
-interleaving the bytes of four inputs, which CPUs do within 16 bytes, gives vectors [16 outputs][4 inputs] for dot
-products: output 16k + i of a wide segment is byte 16 * (i // 4) + 4k + i % 4, of a narrow one byte i. Of 4 bits, the
-second half of a segment's outputs are the high halves of the same bytes.
+A wide segment holds one input's values for 4 vectors of outputs (8 if they have 4 bits), a narrow one, for outputs that
+fill no wide one, for 2 of integers (4) or 1 of floats. Outputs and inputs that do not exist are 0. Bytes of integers
+are in such an order that interleaving those of four inputs, which CPUs do within 16 bytes, gives vectors [16
+outputs][4 inputs] for dot products: see `byte_of`. Of 4 bits, the second half of a segment's outputs are the high
+halves of the same bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numba
 from llvmlite import ir
 
 from cpu_kernels import simd
@@ -25,6 +26,14 @@ from cpu_kernels.simd import I8, I16, I32, B
 from cpu_kernels.tiles import Layout
 
 LINE = 64
+
+
+@numba.njit(error_model="numpy")
+def byte_of(vector, lane, wide):
+    """Which byte of a segment of integers holds one of the 16 outputs of one of its vectors."""
+    runs = 4 if wide else 2
+    quad = lane // 4
+    return quad % runs * 16 + (4 // runs * vector + quad // runs) * 4 + lane % 4
 
 
 class Places(NamedTuple):
@@ -77,13 +86,19 @@ class InputLayout:
         """Bytes of a scale, bias or float."""
         return 4 if self.kind == "f32" else 2
 
+    def vectors(self, wide: bool) -> int:
+        """Vectors of 16 outputs in a segment."""
+        if not self.bits:
+            return 4 if wide else 1
+        return (4 if wide else 2) * (2 if self.bits == 4 else 1)
+
     def outputs(self, wide: bool) -> int:
         """Outputs of a segment."""
-        return 16 * (4 if wide else 1) * (2 if self.bits == 4 else 1)
+        return 16 * self.vectors(wide)
 
     def segment_bytes(self, wide: bool) -> int:
         """Bytes of a segment of one input."""
-        return 16 * (4 if wide else 1) * (1 if self.bits else self.number_bytes)
+        return self.outputs(wide) * (self.bits or 8 * self.number_bytes) // 8
 
     def places(self, outputs: int) -> Places:
         """The parts of a group of so many outputs."""
@@ -107,28 +122,21 @@ def _lines(nbytes: int) -> int:
 # What follows writes LLVM IR.
 
 
-def load_segment(b: Any, address: Any, wide: bool) -> Any:
-    """The bytes of one input's segment of integers."""
-    return b.load(simd.pointer(b, address, ir.VectorType(I8, 64 if wide else 16)), align=1)
+def interleaved(b: Any, rows: list[Any], wide: bool) -> list[Any]:
+    """Bytes of a segment of 4 inputs, whose addresses these are, as vectors i8x64 of [16 outputs][4 inputs]."""
+    kind = ir.VectorType(I8, 64 if wide else 32)
+    v = [b.load(simd.pointer(b, row, kind), align=1) for row in rows]
+    words = ir.VectorType(I16, kind.count // 2)
+    pairs = [[b.bitcast(_merged(b, *v[i : i + 2], start), words) for i in (0, 2)] for start in (0, 8)]
+    quads = [_merged(b, *pair, start) for pair in pairs for start in (0, 4)]
+    if not wide:
+        both = ir.Constant(ir.VectorType(I32, 32), list(range(32)))
+        quads = [b.shuffle_vector(*quads[i : i + 2], both) for i in (0, 2)]
+    return [b.bitcast(v, B.llvm) for v in quads]
 
 
-def interleaved(b: Any, rows: list[Any]) -> list[Any]:
-    """Bytes of a segment of 4 inputs as vectors i8x64 of [16 outputs][4 inputs]."""
-    if rows[0].type.count == 16:
-        words = [_merged(b, x, y, 0, 16) for x, y in (rows[:2], rows[2:])]
-        return [_merged(b, *(_words(b, v) for v in words), 0, 16)]
-    low, high = ([_merged(b, x, y, start, 8) for x, y in (rows[:2], rows[2:])] for start in (0, 8))
-    pairs = [[_words(b, v) for v in part] for part in (low, high)]
-    return [_merged(b, *part, start, 4) for part in pairs for start in (0, 4)]
-
-
-def _merged(b: Any, x: Any, y: Any, start: int, count: int) -> Any:
-    """Elements of x and y in turn: of each run of 16 bytes (or of all, if `count` says so) `count` from `start` on."""
+def _merged(b: Any, x: Any, y: Any, start: int) -> Any:
+    """Elements of x and y in turn: of each 16 bytes, 8 from element `start` on."""
     n, run = x.type.count, 128 // x.type.element.width
-    order = [at + i + which for at in range(start, n, max(run, count)) for i in range(count) for which in (0, n)]
-    merged = b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(order)), order))
-    return b.bitcast(merged, B.llvm) if merged.type.count * merged.type.element.width == 512 else merged
-
-
-def _words(b: Any, v: Any) -> Any:
-    return b.bitcast(v, ir.VectorType(I16, v.type.count // 2))
+    order = [at + i + which for at in range(start, n, run) for i in range(run // 2) for which in (0, n)]
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, n), order))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numba
 
 from cpu_kernels.compile import kernel, unpack
+from cpu_kernels.input_layout import byte_of
 from cpu_kernels.simd import i32_at, set_i32, set_u8, u8_at
 
 
@@ -20,22 +21,15 @@ def _code(row, bits, i):
 
 
 @numba.njit(error_model="numpy")
-def _byte_of(i, wide):
-    """Which byte of a segment holds its output i, for one half of the bits."""
-    return i // 4 % 4 * 16 + i // 16 * 4 + i % 4 if wide else i
-
-
-@numba.njit(error_model="numpy")
-def _segment(at, packed, row_bytes, rows, first, size, wide, source_bits, bits, lift, column):
-    """Codes of one input, `column`, for outputs first..first+size-1, each lifted by so much."""
-    half = size // 2 if bits == 4 else size
-    for i in range(half):
-        value = 0
-        if first + i < rows:
-            value = _code(packed + (first + i) * row_bytes, source_bits, column) + lift
-        if bits == 4 and first + half + i < rows:
-            value |= (_code(packed + (first + half + i) * row_bytes, source_bits, column) + lift) << 4
-        set_u8(at + _byte_of(i, wide), value)
+def _segment(at, packed, row_bytes, rows, first, vectors, wide, source_bits, bits, lift, column):
+    """Codes of one input, `column`, for so many vectors of outputs, each lifted by so much."""
+    half = vectors // 2 if bits == 4 else vectors
+    for i in range(16 * vectors):
+        vector, row = i // 16, first + i
+        if row < rows:
+            code = _code(packed + row * row_bytes, source_bits, column) + lift
+            place = at + byte_of(vector % half, i % 16, wide)
+            set_u8(place, u8_at(place) | code << (4 if vector >= half else 0))
 
 
 @numba.njit(error_model="numpy")
@@ -59,15 +53,15 @@ def pack_quantized(arguments, tile, thread):
     _numbers(at, scales, rows, columns, tile, size)
     if biases != 0:
         _numbers(at + biases_at, biases, rows, columns, tile, size)
-    wide_size, narrow_size = (128, 32) if bits == 4 else (64, 16)
+    wide_vectors, narrow_vectors = (8, 4) if bits == 4 else (4, 2)
     for i in range(group_size):
         column = tile * group_size + i
         for s in range(wide):
-            there = at + rows_at + (i * wide + s) * 64
-            _segment(there, packed, row_bytes, rows, s * wide_size, wide_size, True, source_bits, bits, lift, column)
+            there, first = at + rows_at + (i * wide + s) * 64, 16 * s * wide_vectors
+            _segment(there, packed, row_bytes, rows, first, wide_vectors, True, source_bits, bits, lift, column)
         for s in range(narrow):
-            there, first = at + narrow_rows + (i * narrow + s) * 16, wide * wide_size + s * narrow_size
-            _segment(there, packed, row_bytes, rows, first, narrow_size, False, source_bits, bits, lift, column)
+            there, first = at + narrow_rows + (i * narrow + s) * 32, 16 * (wide * wide_vectors + s * narrow_vectors)
+            _segment(there, packed, row_bytes, rows, first, narrow_vectors, False, source_bits, bits, lift, column)
 
 
 @kernel("pack floats by inputs")

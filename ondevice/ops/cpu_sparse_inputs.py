@@ -169,7 +169,11 @@ def _inputs(
         if compact:
             return h.address, 0, None
         row = recording.scratch("row", row_bytes)
-        return row, row_bytes, (chosen_inputs.gather_chosen, recording.program.store((row, row_bytes, h.address, table, groups)))
+        return (
+            row,
+            row_bytes,
+            (chosen_inputs.gather_chosen, recording.program.store((row, row_bytes, h.address, table, groups))),
+        )
     each = codes.panel_bytes(32 * groups, 1)
     panel = recording.scratch("panel", each)
     row = (0, 0) if compact else (recording.scratch("row", row_bytes), row_bytes)
