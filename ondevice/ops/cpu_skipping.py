@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,10 @@ from ondevice.ops.cpu_memory import WeightMemory
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_sparse_inputs import InputMajor, input_kernels, pack_input_major, record_inputs
 from ondevice.ops.cpu_sparse_rows import NeuronRows, pack_neuron_rows, record_rows, row_kernels
-from ondevice.ops.cpu_sparse_tiles import Chosen, SparseTiles, pack_tiles, record_tiles, tiles_kernels
+try:
+    from ondevice.ops.cpu_sparse_tiles import Chosen, SparseTiles, pack_tiles, record_tiles, tiles_kernels
+except ImportError:
+    SparseTiles = ()
 from ondevice.sparsity.selection import HeadSelection, Selection
 
 if TYPE_CHECKING:
@@ -84,6 +88,7 @@ class CpuSkipping(SkippingOps):
 
     def __init__(self) -> None:
         self._counted: list[_Counted] = []
+        self._seeds = itertools.count()
 
     def counts(self) -> dict[str, Tally]:
         tallies = {kind: Tally() for kind in ("ffn", "inputs")}
@@ -164,8 +169,11 @@ class CpuSkipping(SkippingOps):
 
     def forced(self, selection: Any, density: float) -> Any:
         made = selection.index if isinstance(selection, HeadSelection) else selection.mask
-        cpu_selection.forced(made, round(density * made.units))
+        cpu_selection.forced(made, round(density * made.units), next(self._seeds))
         return selection
+
+    def random_selection(self, x: Buffer, units: int, density: float) -> Selection:
+        return self._selection(cpu_selection.record_random(self._now, units, x.rows, round(density * units), next(self._seeds)))
 
     def _head_mask(self, heads: HeadSelection) -> HeadMask:
         made: cpu_selection.Selection = heads.index
