@@ -50,7 +50,9 @@ def float_products(b, layout, neurons, x):
         x: address of the token's floats.
     """
     load, size = LOADS[layout.kind]
-    rows = [(offset(b, neuron, part * layout.row_bytes), ahead) for part in range(layout.parts) for neuron, ahead in neurons]
+    rows = [
+        (offset(b, neuron, part * layout.row_bytes), ahead) for part in range(layout.parts) for neuron, ahead in neurons
+    ]
     totals = [cgutils.alloca_once_value(b, simd.floats(0)) for _ in rows]
 
     def column(k, v):

@@ -9,11 +9,11 @@ import numpy as np
 
 from cpu_kernels.codes import panel_bytes, quantize_rows
 from cpu_kernels.compile import kernel, unpack
+from cpu_kernels.exponential import exp
 from cpu_kernels.simd import (
     absolute,
     add,
     div,
-    exp,
     f32_at,
     fma,
     i32_at,

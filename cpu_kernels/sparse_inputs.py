@@ -12,6 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cpu_kernels import simd
+from cpu_kernels.atomics import atomic_add, atomic_store
 from cpu_kernels.codes import FINE_GROUP, PLANE, SCALE, SUM, fine_at
 from cpu_kernels.compile import Kernel, kernel, named, unpack
 from cpu_kernels.finish import finish
@@ -23,8 +24,6 @@ from cpu_kernels.simd import (
     I64,
     B,
     add,
-    atomic_add,
-    atomic_store,
     f32_at,
     i32_at,
     i64_at,

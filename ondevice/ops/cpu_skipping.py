@@ -22,6 +22,7 @@ from ondevice.ops.cpu_memory import WeightMemory
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_sparse_inputs import InputMajor, input_kernels, pack_input_major, record_inputs
 from ondevice.ops.cpu_sparse_rows import NeuronRows, pack_neuron_rows, record_rows, row_kernels
+
 try:
     from ondevice.ops.cpu_sparse_tiles import Chosen, SparseTiles, pack_tiles, record_tiles, tiles_kernels
 except ImportError:
@@ -173,7 +174,9 @@ class CpuSkipping(SkippingOps):
         return selection
 
     def random_selection(self, x: Buffer, units: int, density: float) -> Selection:
-        return self._selection(cpu_selection.record_random(self._now, units, x.rows, round(density * units), next(self._seeds)))
+        return self._selection(
+            cpu_selection.record_random(self._now, units, x.rows, round(density * units), next(self._seeds))
+        )
 
     def _head_mask(self, heads: HeadSelection) -> HeadMask:
         made: cpu_selection.Selection = heads.index
@@ -201,9 +204,7 @@ class CpuSkipping(SkippingOps):
         h = record_rows(self._now, x, weights.up, table.address, kind, values)
         return record_inputs(self._now, h, table.address, [weights.down], residual)
 
-    def sparse_linear(
-        self, x: Buffer, weight: Inputs, selection: Selection, residual: Buffer | None = None
-    ) -> Buffer:
+    def sparse_linear(self, x: Buffer, weight: Inputs, selection: Selection, residual: Buffer | None = None) -> Buffer:
         table = cpu_selection.record_table(self._now, selection.mask, False, weight.counted.numbers)
         if x.rows > 1:
             raise OptionError("batches of sparse linears")
