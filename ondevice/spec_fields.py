@@ -104,13 +104,13 @@ class Fields:
             raise self.error(key, f"must hold integers from {low} to {high} only")
         return tuple(value)
 
-    def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of `count` positive finite numbers."""
+    def numbers(self, key: str, count: int, zero: bool = False) -> tuple[float, ...]:
+        """A list of `count` positive finite numbers, or 0 where that is allowed."""
         value = self.raw(key)
         if not isinstance(value, list) or len(value) != count:
             raise self.error(key, f"must be a list of {count} numbers")
-        if not all(type(x) in (int, float) and math.isfinite(x) and x > 0 for x in value):
-            raise self.error(key, "must hold positive finite numbers only")
+        if not all(type(x) in (int, float) and math.isfinite(x) and (x > 0 or (zero and x == 0)) for x in value):
+            raise self.error(key, f"must hold positive finite numbers{' or 0' if zero else ''} only")
         return tuple(float(x) for x in value)
 
     def error(self, key: str, problem: str) -> CheckpointError:

@@ -46,7 +46,6 @@ class Lte(Method):
 
     @classmethod
     def read(cls, fields: Fields, spec: ModelSpec) -> Lte:
-        """From the section of a model's config.json."""
         fields.known("method", "block", "threshold")
         threshold = fields.number("threshold", 0.5, high=1.0)
         if not 0 < threshold < 1:

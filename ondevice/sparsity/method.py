@@ -14,6 +14,7 @@ from ondevice.layer import Attend, DenseLinear, Ffn, FullAttention, JoinedQkv, L
 if TYPE_CHECKING:
     from ondevice.packing import Packer
     from ondevice.spec import ModelSpec
+    from ondevice.spec_fields import Fields
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -24,12 +25,10 @@ class Method:
 
     Attributes:
         name: in the section and on the command line.
-        rope_parts: equal parts of a head that are rotated each on its own.
         in_prompts: whether prompts skip too, token by token; else only steps of decoding do.
     """
 
     name: ClassVar[str] = "dense"
-    rope_parts: ClassVar[int] = 1
     in_prompts: ClassVar[bool] = True
 
     @property
@@ -41,6 +40,25 @@ class Method:
     def skips(self) -> tuple[str, ...]:
         """What it leaves out, in the words of `Ops.counts`."""
         return ()
+
+    @property
+    def rope_parts(self) -> int:
+        """Equal parts of a head that are rotated each on its own."""
+        return 1
+
+    @classmethod
+    def read(cls, fields: Fields, spec: ModelSpec) -> Method:
+        """From the section of a config.json.
+
+        Args:
+            fields: the section.
+            spec: of the model, as of a dense one.
+
+        Raises:
+            CheckpointError: settings that are missing, unknown, out of range or not for this model.
+        """
+        fields.known("method")
+        return cls()
 
     def section(self) -> dict[str, Any]:
         """The settings as `read` of the same class takes them from config.json."""

@@ -82,7 +82,6 @@ class Polar(Method):
 
     @classmethod
     def read(cls, fields: Fields, spec: ModelSpec) -> Polar:
-        """From the section of a model's config.json."""
         fields.known("method", "ffn", "heads")
         neurons = _read_neurons(fields.sub("ffn"), spec) if fields.raw("ffn", None) is not None else None
         heads = _read_heads(fields.sub("heads"), spec) if fields.raw("heads", None) is not None else None

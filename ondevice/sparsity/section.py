@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from ondevice.sparsity.d2dmoe import D2dmoe
 from ondevice.sparsity.lte import Lte
 from ondevice.sparsity.method import Method
 from ondevice.sparsity.polar import Polar
+from ondevice.sparsity.spark import Spark
+from ondevice.sparsity.threshold import Cats, Teal
 from ondevice.spec import ModelSpec
 from ondevice.spec_fields import Fields
 
 KEY = "sparsity"
-METHODS = {method.name: method for method in (Polar, Lte)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Polar, Spark, Lte, D2dmoe, Teal, Cats)}
 
 
 def read_section(config: Fields, spec: ModelSpec) -> Method | None:

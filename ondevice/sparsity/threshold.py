@@ -1,0 +1,145 @@
+"""Magnitudes under a threshold count as zero: TEAL of the inputs of linears, CATS of activated gates.
+
+Source: TEAL (Liu et al. 2024), section 4; CATS (Lee et al. 2024), section 3. Thresholds come from calibration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ondevice.layer import DenseLinear, Early, Ffn, Linear
+from ondevice.ops.base import Array, Handle, Ops
+from ondevice.sparsity.method import Method
+
+if TYPE_CHECKING:
+    from ondevice.packing import Packer
+    from ondevice.spec import ModelSpec
+    from ondevice.spec_fields import Fields
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class Teal(Method):
+    """Adds no tensors.
+
+    Args:
+        thresholds: (linear, threshold on the magnitude of its inputs in each layer); linears that are not named are
+            dense.
+    """
+
+    thresholds: tuple[tuple[str, tuple[float, ...]], ...]
+
+    name: ClassVar[str] = "teal"
+
+    @property
+    def kind(self) -> str:
+        return "approximate"
+
+    @property
+    def skips(self) -> tuple[str, ...]:
+        return ("inputs",)
+
+    @classmethod
+    def read(cls, fields: Fields, spec: ModelSpec) -> Teal:
+        fields.known("method", "thresholds")
+        linears = [name for name in LINEARS if spec.gated or name != "gate"]
+        stated = fields.sub("thresholds")
+        stated.known(*linears)
+        if not stated.values:
+            raise fields.error("thresholds", f"must give some of {', '.join(linears)} a threshold for each layer")
+        names = [name for name in linears if name in stated.values]
+        return cls(tuple((name, stated.numbers(name, spec.n_layers, zero=True)) for name in names))
+
+    def section(self) -> dict[str, Any]:
+        return {"method": self.name, "thresholds": {name: list(values) for name, values in self.thresholds}}
+
+    def linear(self, pack: Packer, i: int, *names: str) -> Linear:
+        by_name = {name: values[i] for name, values in self.thresholds}
+        parts: list[Linear] = []
+        # Neighbours with one threshold are one product.
+        for threshold, members in groupby(names, by_name.get):
+            full = [f"layers.{i}.{name}" for name in members]
+            if threshold is None:
+                parts.append(DenseLinear(pack.ops, pack.linear(*full)))
+            else:
+                parts.append(_ThresholdLinear(pack.ops, pack.input_major(*full), threshold))
+        return parts[0] if len(parts) == 1 else _JoinedLinear(pack.ops, tuple(parts))
+
+
+@dataclass(frozen=True, slots=True)
+class _ThresholdLinear:
+    ops: Ops
+    weight: Handle
+    threshold: float
+
+    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+        return self.ops.sparse_linear(x, self.weight, self.ops.select_magnitude(x, self.threshold), residual)
+
+
+@dataclass(frozen=True, slots=True)
+class _JoinedLinear:
+    ops: Ops
+    parts: tuple[Linear, ...]
+
+    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+        y = self.ops.join([part(x) for part in self.parts])
+        return y if residual is None else self.ops.add(y, residual)
+
+
+@dataclass(frozen=True, slots=True)
+class Cats(Method):
+    """Adds no tensors. The gate is computed for all neurons; up and down only for those that it leaves.
+
+    Args:
+        thresholds: on the magnitude of the activated gate, of each layer.
+        relu: whether the gate's activation is relu, whose zeros a threshold of 0 skips exactly.
+    """
+
+    thresholds: tuple[float, ...]
+    relu: bool = False
+
+    name: ClassVar[str] = "cats"
+
+    @property
+    def kind(self) -> str:
+        return "exact" if self.relu and not any(self.thresholds) else "approximate"
+
+    @property
+    def skips(self) -> tuple[str, ...]:
+        return ("ffn",)
+
+    @classmethod
+    def read(cls, fields: Fields, spec: ModelSpec) -> Cats:
+        fields.known("method", "thresholds")
+        if not spec.gated:
+            raise fields.error("method", "cats needs an FFN with a gate, which this model lacks; take teal or lte")
+        return cls(fields.numbers("thresholds", spec.n_layers, zero=True), spec.activation == "relu")
+
+    def section(self) -> dict[str, Any]:
+        return {"method": self.name, "thresholds": list(self.thresholds)}
+
+    def ffn(self, pack: Packer, i: int) -> Ffn:
+        p = f"layers.{i}."
+        gate = pack.linear(p + "gate")
+        weights = pack.ffn(None, p + "up", p + "down", block=1, valued=True)
+        return _CatsFfn(pack.ops, gate, weights, self.thresholds[i], pack.spec.activation)
+
+
+@dataclass(frozen=True, slots=True)
+class _CatsFfn:
+    ops: Ops
+    gate: Handle
+    weights: Handle
+    threshold: float
+    activation: str
+
+    def __call__(self, x: Array, residual: Array | None, early: Early) -> Array:
+        ops = self.ops
+        ops.part("router")
+        values = ops.activation(ops.linear(x, self.gate), self.activation, gated=False)
+        selection = ops.select_magnitude(values, self.threshold).with_values(values)
+        ops.part("ffn")
+        return ops.sparse_ffn(x, self.weights, selection, self.activation, residual)
