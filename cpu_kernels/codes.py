@@ -92,14 +92,14 @@ def _low(v):
 
 
 @numba.njit(error_model="numpy")
-def _root_mean_square(x, n):
-    """NaN if any of the n values is NaN or infinite."""
+def _root_mean_square(x, n, of):
+    """Of `of` values, all but n of them 0; NaN if any is NaN or infinite."""
     squares, poison = zeros(), zeros()
     for i in range(0, n, 16):
         v = load_f32(x + 4 * i)
         squares = fma(v, v, squares)
         poison = fma(v, zeros(), poison)
-    return F32(math.sqrt(total(squares) / F32(n))) + total(poison)
+    return F32(math.sqrt(total(squares) / F32(of))) + total(poison)
 
 
 @numba.njit(error_model="numpy")
@@ -149,16 +149,20 @@ def _quantize_group(x, rms, panel, n, width, token, group, fine):
 
 
 @numba.njit(error_model="numpy")
-def quantize_rows(x, stride, count, panel, n, width):
+def quantize_rows(x, stride, count, panel, n, width, of):
     """Rounds `count` rows of n floats (a multiple of 32), `stride` bytes apart, into a panel; the rest of it is zeros.
 
-    A group of zeros gives zeros; NaN or infinity anywhere makes a row's scales NaN, so that it is not lost.
+    A group of zeros gives zeros; NaN or infinity anywhere makes a row's scales NaN, so that it is not lost. The n are
+    what is not 0 of `of` values, so that a row's groups are fine or not however many zeros were left out.
     """
     first = panel + fine_at(n, width)
+    if n == 0:
+        set_i64(first, 0)
+        return
     fine = first + 64
     for token in range(count):
         # Kept where the row's last number will be, which is written last.
-        set_f32(panel + n * width + n // 2 * width - 4 * (width - token), _root_mean_square(x + token * stride, n))
+        set_f32(panel + n * width + n // 2 * width - 4 * (width - token), _root_mean_square(x + token * stride, n, of))
     for group in range(n // 32):
         for token in range(count):
             rms = f32_at(panel + n * width + n // 2 * width - 4 * (width - token))
