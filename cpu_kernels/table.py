@@ -36,3 +36,15 @@ def neurons_of(table, groups, entry):
 def table_bytes(groups: int) -> int:
     """Bytes of a table for so many groups."""
     return HEADER + 136 * groups
+
+
+@numba.njit(error_model="numpy")
+def entry_count(table):
+    """How many entries there are."""
+    return i32_at(table)
+
+
+@numba.njit(error_model="numpy")
+def first_entry(table, piece, pieces):
+    """Where one of `pieces` equal parts of the list begins; that of the part behind the last is the end."""
+    return piece * entry_count(table) // pieces
