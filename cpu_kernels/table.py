@@ -1,9 +1,9 @@
 """Where in a table of selected neurons its parts are: the groups of 32 that have any, and which.
 
-    int32: entries (groups with a selected neuron), selected neurons; 64 bytes in all
-    int32 [groups]: id of each entry's group, ascending
-    int32 [groups]: selected neurons of each entry, 1 to 32
-    int32 [groups][32]: each entry's selected neurons, ascending, the last repeated up to a multiple of 4
+int32: entries (groups with a selected neuron), selected neurons; 64 bytes in all
+int32 [groups]: id of each entry's group, ascending
+int32 [groups]: selected neurons of each entry, 1 to 32
+int32 [groups][32]: each entry's selected neurons, ascending, the last repeated up to a multiple of 4
 """
 
 from __future__ import annotations
