@@ -17,11 +17,11 @@ from numba.extending import intrinsic
 from cpu_kernels import simd
 from cpu_kernels.codes import FINE_GROUP, HALF_SUM, PLANE, SCALE, SUM
 from cpu_kernels.compile import Kernel, kernel, unpack
-from cpu_kernels.table import HEADER, entry_count, first_entry, group_of
 from cpu_kernels.finish import finish
 from cpu_kernels.gemv import row_tile
 from cpu_kernels.rows import activate
 from cpu_kernels.simd import I64, add, load_f32, mul, offset, store_f32
+from cpu_kernels.table import HEADER, entry_count, first_entry, group_of
 from cpu_kernels.tiles import Layout, dots, gained, starting
 
 MODES = ("gated", "plain", "valued")

@@ -33,11 +33,6 @@ def neurons_of(table, groups, entry):
     return table + HEADER + 8 * groups + 128 * entry
 
 
-def table_bytes(groups: int) -> int:
-    """Bytes of a table for so many groups."""
-    return HEADER + 136 * groups
-
-
 @numba.njit(error_model="numpy")
 def entry_count(table):
     """How many entries there are."""

@@ -22,11 +22,7 @@ from ondevice.ops.cpu_memory import WeightMemory
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_sparse_inputs import InputMajor, input_kernels, pack_input_major, record_inputs
 from ondevice.ops.cpu_sparse_rows import NeuronRows, pack_neuron_rows, record_rows, row_kernels
-
-try:
-    from ondevice.ops.cpu_sparse_tiles import Chosen, SparseTiles, pack_tiles, record_tiles, tiles_kernels
-except ImportError:
-    SparseTiles = ()
+from ondevice.ops.cpu_sparse_tiles import Chosen, SparseTiles, pack_tiles, record_tiles, tiles_kernels
 from ondevice.sparsity.selection import HeadSelection, Selection
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from cpu_kernels import codes, pack_neurons
 from cpu_kernels.compile import Kernel
+from cpu_kernels.float_rows import FloatRows
 from cpu_kernels.row_codes import row_codes, row_codes_bytes
 from cpu_kernels.row_layout import RowLayout
-from cpu_kernels.float_rows import FloatRows
 from cpu_kernels.sparse_rows import most_neurons, scratch_bytes, sparse_rows
 from cpu_kernels.threads import ThreadPool
 from cpu_kernels.tiles import Layout
@@ -107,9 +107,7 @@ def row_layout_of(tensors: list[Quantized]) -> RowLayout:
     return RowLayout(layout, tensors[0].shape[1], len(tensors))
 
 
-def _write_quantized(
-    pool: ThreadPool, layout: RowLayout, tensors: list[Quantized], data: NDArray[np.uint8]
-) -> None:
+def _write_quantized(pool: ThreadPool, layout: RowLayout, tensors: list[Quantized], data: NDArray[np.uint8]) -> None:
     program, tiles = Program(), layout.tiles
     data[:] = 0
     scale_type: Any = np.float16 if tiles.kind == "f16" else np.float32
