@@ -7,6 +7,7 @@ import functools
 import numba
 import numpy as np
 
+from cpu_kernels.atomics import atomic_add, atomic_store
 from cpu_kernels.codes import FINE_GROUP, PLANE, SCALE, SUM, fine_at
 from cpu_kernels.compile import Kernel, kernel, named, unpack
 from cpu_kernels.finish import finish
