@@ -151,7 +151,7 @@ def _erf(v):
 
 @numba.njit(error_model="numpy")
 def activate(v, kind):
-    """kind: 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu."""
+    """kind: 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu, 4 the absolute value."""
     one = splat_f32(F32(1))
     half = splat_f32(F32(0.5))
     if kind == 0:
@@ -162,7 +162,9 @@ def activate(v, kind):
         return mul(mul(half, v), add(one, tanh(inner)))
     if kind == 2:
         return mul(mul(half, v), add(one, _erf(mul(v, splat_f32(F32(0.7071067812))))))
-    return maximum(v, zeros())
+    if kind == 3:
+        return maximum(v, zeros())
+    return absolute(v)
 
 
 @kernel("activation")

@@ -20,7 +20,7 @@ from ondevice.checkpoint.quantization import Tensor, dequantize
 from ondevice.machine import default_threads
 from ondevice.ops.base import Body, Handle, Ops, Step
 from ondevice.ops.cpu_activations import ACTIVATIONS
-from ondevice.ops.cpu_attention import Pages, record_append, record_attention
+from ondevice.ops.cpu_attention import Pages, PartedPages, record_append, record_attention
 from ondevice.ops.cpu_memory import WeightMemory
 from ondevice.ops.cpu_products import product_kernels, record_linear
 from ondevice.ops.cpu_profile import PartTime, add_times
@@ -133,7 +133,9 @@ class CpuOps(CpuSkipping, Ops):
 
     # Cache and steps
 
-    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Pages:
+    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Pages | PartedPages:
+        if spec.rope_parts > 1:
+            return PartedPages.new(spec, pages, page, spec.head_dim // spec.rope_parts)
         return Pages.new(spec, pages, page)
 
     def run(self, step: Step, cache: KVCache, body: Body, name: str = "logits") -> NDArray[np.float32]:
