@@ -16,6 +16,7 @@ from ondevice.generation.batch import Piece, Row, Stats, generate
 from ondevice.generation.sampling import SamplingParams, TokenLogprob
 from ondevice.generation.session import Session
 from ondevice.ops.base import Ops
+from ondevice.sparsity.settings import SparsitySettings
 
 Progress = Callable[[int, int, str], None]
 Messages = Sequence[Mapping[str, Any]]
@@ -49,6 +50,9 @@ def load(
     *,
     backend: str = "auto",
     threads: int | None = None,
+    tau: float | None = None,
+    strict: bool = False,
+    dense: bool = False,
     tile_cache: bool = True,
     progress: Progress | None = None,
 ) -> Model:
@@ -59,19 +63,24 @@ def load(
             a folder of safetensors.
         backend: "auto", "cpu", or "reference" (float64, slow: the judge of the others).
         threads: of the CPU backend; by default one per core that this process may use.
+        tau: of a d2dmoe model, in the place of the checkpoint's: experts run from this part of the largest prediction
+            on, so 0 runs all.
+        strict: raise where skipping work falls back to the dense path, instead of saying so once.
+        dense: skip no work.
         tile_cache: whether a backend may keep packed weights in the user's cache folder, and take them from there;
             ONDEVICE_NO_TILE_CACHE=1 in the environment forbids it too.
         progress: called with (done, of how many, what) while files are fetched, packed and compiled.
 
     Raises:
         OndeviceError: no such model, a damaged file, or an architecture that is not supported.
+        OptionError: tau for a model that has none, or dense for one that has no dense form.
     """
     table = op_table(backend, threads, progress and compiling_progress(progress))
     path = find(str(name), progress)
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.tokenizer()
         with table.keeping(checkpoint, progress) if tile_cache else nullcontext():
-            decoder = Decoder(checkpoint, table, progress)
+            decoder = Decoder(checkpoint, table, progress, SparsitySettings(tau, strict, dense))
     table.prepare(decoder.spec, progress and compiling_progress(progress))
     return Model(str(name), path, decoder, tokenizer)
 

@@ -15,6 +15,7 @@ from ondevice.commands.options import (
     model_argument,
     sampling,
     sampling_options,
+    sparsity_options,
     tile_cache_option,
 )
 from ondevice.commands.progress import reporting
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--system", help="A system message.")
 @context_option
 @engine_options
+@sparsity_options
 @tile_cache_option
 def chat(
     model: str,
@@ -39,6 +41,9 @@ def chat(
     context: int | None,
     backend: str,
     threads: int | None,
+    tau: float | None,
+    strict: bool,
+    dense: bool,
     no_tile_cache: bool,
     **options: Any,
 ) -> None:
@@ -62,7 +67,16 @@ def chat(
         fields["temperature"] = 0.2 if prompt is None else 0.0
     params = SamplingParams(**fields)
     with reporting() as progress:
-        loaded = load(model, backend=backend, threads=threads, tile_cache=not no_tile_cache, progress=progress)
+        loaded = load(
+            model,
+            backend=backend,
+            threads=threads,
+            tau=tau,
+            strict=strict,
+            dense=dense,
+            tile_cache=not no_tile_cache,
+            progress=progress,
+        )
     if prompt is not None:
         stream(loaded, prompt, {"system": system, "context": context, **fields})
         return

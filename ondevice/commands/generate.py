@@ -16,6 +16,7 @@ from ondevice.commands.options import (
     model_argument,
     sampling,
     sampling_options,
+    sparsity_options,
     tile_cache_option,
 )
 from ondevice.commands.progress import reporting
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--system", help="A system message.")
 @context_option
 @engine_options
+@sparsity_options
 @tile_cache_option
 @json_option
 def generate(
@@ -46,6 +48,9 @@ def generate(
     context: int | None,
     backend: str,
     threads: int | None,
+    tau: float | None,
+    strict: bool,
+    dense: bool,
     no_tile_cache: bool,
     as_json: bool,
     **options: Any,
@@ -65,7 +70,16 @@ def generate(
     fields = {**sampling(options), "logprobs": logprobs}
     SamplingParams(**fields)  # a bad value must not wait for the model to load
     with reporting() as progress:
-        loaded = load(model, backend=backend, threads=threads, tile_cache=not no_tile_cache, progress=progress)
+        loaded = load(
+            model,
+            backend=backend,
+            threads=threads,
+            tau=tau,
+            strict=strict,
+            dense=dense,
+            tile_cache=not no_tile_cache,
+            progress=progress,
+        )
     settings = {"raw": raw, "system": system, "context": context, **fields}
     if as_json or len(texts) > 1:
         answers = cast("list[Answer]", loaded.generate(texts, **settings))
@@ -110,7 +124,15 @@ def rates(stats: Stats, reason: str) -> str:
     reused = f" (+{stats.reused_tokens} reused)" if stats.reused_tokens else ""
     rate = f", {stats.generation_tps:.1f} tok/s" if stats.generation_tps else ""
     prompt = f"prompt {new} tokens{reused}, {stats.prompt_tps:.0f} tok/s"
-    return f"{prompt}; answer {stats.generated_tokens} tokens{rate}; ended by {reason}"
+    return f"{prompt}; answer {stats.generated_tokens} tokens{rate}{_kept(stats)}; ended by {reason}"
+
+
+def _kept(stats: Stats) -> str:
+    """What a model that skips work has kept; "" for a dense one."""
+    if stats.sparsity is None:
+        return ""
+    parts = [f"{100 * kept:.0f} % of {what}" for what, kept in stats.sparsity.density.items()]
+    return f"; {stats.sparsity.method} ran {', '.join(parts) or 'everything'}"
 
 
 def _print_json(model: Model, answers: list[Answer]) -> None:

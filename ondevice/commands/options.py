@@ -62,6 +62,24 @@ def tile_cache_option(f: F) -> F:
     return click.option("--no-tile-cache", is_flag=True, help=help)(f)
 
 
+def sparsity_options(f: F) -> F:
+    """--tau, --strict and --dense, for all commands that run models, with twins ONDEVICE_TAU and so on."""
+    tau = click.option(
+        "--tau",
+        type=float,
+        envvar="ONDEVICE_TAU",
+        help="d2dmoe models: run experts from this part of the largest prediction on, 0 to 1.  [default: the model's]",
+    )
+    strict = click.option(
+        "--strict",
+        is_flag=True,
+        envvar="ONDEVICE_STRICT",
+        help="Fail where a sparse path cannot run, instead of running dense.",
+    )
+    dense = click.option("--dense", is_flag=True, envvar="ONDEVICE_DENSE", help="Skip no work.")
+    return tau(strict(dense(f)))
+
+
 def json_option(f: F) -> F:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(f)

@@ -13,6 +13,7 @@ from ondevice.decoder import Decoder
 from ondevice.errors import ContextLengthError
 from ondevice.generation.kv_cache import KVCache
 from ondevice.generation.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
+from ondevice.sparsity.stats import SparsityStats, sparsity_stats
 from ondevice.text.detokenizer import Detokenizer
 from ondevice.text.stop import StopMatcher
 from ondevice.text.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ class Stats:
         generated_tokens: of the answer, with its end token.
         prompt_seconds: from the start to the first logits.
         generation_seconds: from the first token (of the batch's last prompt) to the last.
+        sparsity: what was skipped while the batch ran, up to the end of this answer; None for a dense model.
     """
 
     prompt_tokens: int = 0
@@ -56,6 +58,7 @@ class Stats:
     generated_tokens: int = 0
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0
+    sparsity: SparsityStats | None = None
 
     @property
     def prompt_tps(self) -> float:
@@ -143,13 +146,21 @@ def generate(decoder: Decoder, rows: Sequence[Row], cache: KVCache) -> Iterator[
             raise ContextLengthError(
                 f"the prompt has {len(row.prompt)} tokens, the context {cache.capacity}: shorten the prompt"
             )
+    before = decoder.ops.counts()
+
+    def accept(row: Row, logits: NDArray[np.float32]) -> Piece:
+        piece = row.accept(logits, _room(row, cache))
+        if piece.stats is not None:
+            piece.stats.sparsity = sparsity_stats(decoder.spec, before, decoder.ops.counts())
+        return piece
+
     active: list[Row] = []
     for row in rows:
         if row.params.max_tokens == 0:
             row.finish_reason = "length"
             yield Piece("", None, row.index, "length", stats=row.stats)
             continue
-        yield row.accept(_prefill(decoder, row, cache), _room(row, cache))
+        yield accept(row, _prefill(decoder, row, cache))
         if row.finish_reason is None:
             active.append(row)
     for row in active:
@@ -157,7 +168,7 @@ def generate(decoder: Decoder, rows: Sequence[Row], cache: KVCache) -> Iterator[
     while active:
         logits = decoder.decode([row.tokens[-1] for row in active], cache, [row.slot for row in active])
         for row, scores in zip(active, logits):
-            yield row.accept(scores, _room(row, cache))
+            yield accept(row, scores)
         active = [row for row in active if row.finish_reason is None]
 
 

@@ -209,7 +209,9 @@ class CpuSkipping(SkippingOps):
         h = record_rows(self._now, x, weights.up, table.address, kind, values)
         return record_inputs(self._now, h, table.address, [weights.down], residual)
 
-    def sparse_linear(self, x: Buffer, weight: Inputs, selection: Selection, residual: Buffer | None = None) -> Buffer:
+    def sparse_linear(
+        self, x: Buffer, weight: Inputs, selection: Selection, residual: Buffer | None = None
+    ) -> Buffer:
         table = cpu_selection.record_table(self._now, selection.mask, False, weight.counted.numbers)
         if x.rows > 1:
             raise OptionError("batches of sparse linears")

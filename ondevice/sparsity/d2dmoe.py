@@ -61,8 +61,7 @@ class D2dmoe(Method):
 
     name: ClassVar[str] = "d2dmoe"
 
-    @property
-    def kind(self) -> str:
+    def kind(self, spec: ModelSpec) -> str:
         return "trained"
 
     @property

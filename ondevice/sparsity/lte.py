@@ -36,8 +36,7 @@ class Lte(Method):
 
     name: ClassVar[str] = "lte"
 
-    @property
-    def kind(self) -> str:
+    def kind(self, spec: ModelSpec) -> str:
         return "trained"
 
     @property

@@ -31,9 +31,8 @@ class Method:
     name: ClassVar[str] = "dense"
     in_prompts: ClassVar[bool] = True
 
-    @property
-    def kind(self) -> str:
-        """What it promises: "exact" (zeros are skipped), "trained" (for it) or "approximate" (added afterwards)."""
+    def kind(self, spec: ModelSpec) -> str:
+        """What it promises: "exact" (zeros are skipped), "trained" (for it) or "approximate" (chosen afterwards)."""
         return "exact"
 
     @property

@@ -72,8 +72,7 @@ class Polar(Method):
     name: ClassVar[str] = "polar"
     in_prompts: ClassVar[bool] = False
 
-    @property
-    def kind(self) -> str:
+    def kind(self, spec: ModelSpec) -> str:
         return "approximate"
 
     @property

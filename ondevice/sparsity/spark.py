@@ -50,8 +50,7 @@ class Spark(Method):
 
     name: ClassVar[str] = "spark"
 
-    @property
-    def kind(self) -> str:
+    def kind(self, spec: ModelSpec) -> str:
         return "trained"
 
     @property

@@ -34,8 +34,7 @@ class Teal(Method):
 
     name: ClassVar[str] = "teal"
 
-    @property
-    def kind(self) -> str:
+    def kind(self, spec: ModelSpec) -> str:
         return "approximate"
 
     @property
@@ -94,18 +93,15 @@ class Cats(Method):
     """Adds no tensors. The gate is computed for all neurons; up and down only for those that it leaves.
 
     Args:
-        thresholds: on the magnitude of the activated gate, of each layer.
-        relu: whether the gate's activation is relu, whose zeros a threshold of 0 skips exactly.
+        thresholds: on the magnitude of the activated gate, of each layer. All of them 0 skip the zeros of relu exactly.
     """
 
     thresholds: tuple[float, ...]
-    relu: bool = False
 
     name: ClassVar[str] = "cats"
 
-    @property
-    def kind(self) -> str:
-        return "exact" if self.relu and not any(self.thresholds) else "approximate"
+    def kind(self, spec: ModelSpec) -> str:
+        return "exact" if spec.activation == "relu" and not any(self.thresholds) else "approximate"
 
     @property
     def skips(self) -> tuple[str, ...]:
@@ -116,7 +112,7 @@ class Cats(Method):
         fields.known("method", "thresholds")
         if not spec.gated:
             raise fields.error("method", "cats needs an FFN with a gate, which this model lacks; take teal or lte")
-        return cls(fields.numbers("thresholds", spec.n_layers, zero=True), spec.activation == "relu")
+        return cls(fields.numbers("thresholds", spec.n_layers, zero=True))
 
     def section(self) -> dict[str, Any]:
         return {"method": self.name, "thresholds": list(self.thresholds)}

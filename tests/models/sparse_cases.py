@@ -48,7 +48,7 @@ POLAR = [name for name in METHODS if name.startswith("polar")]
 def sparse_spec(name: str, **overrides: Any) -> ModelSpec:
     """The spec of a case, with other features where given."""
     architecture, method = METHODS[name]
-    extra = {"cats_relu": {"activation": "relu"}, "spark_attention": {"windows": (24, 5, 0)}}.get(name, {})
+    extra = {"cats_relu": {"activation": "relu"}, "spark_attention": {"windows": (5, 5, 0)}}.get(name, {})
     return tiny_spec(architecture, **{"sparsity": method, **extra, **overrides})
 
 

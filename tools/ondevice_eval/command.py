@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ondevice.commands.options import engine_options, json_option, model_argument, tile_cache_option
+from ondevice.commands.options import engine_options, json_option, model_argument, sparsity_options, tile_cache_option
 from ondevice.commands.progress import reporting
 from ondevice.defaults import BACKENDS
 from ondevice.errors import OndeviceError, OptionError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--against-backend", type=click.Choice(BACKENDS), help="Compare with this backend.")
 @click.option("--by-token", is_flag=True, help="Compute token by token, as generation does; slower.")
 @engine_options
+@sparsity_options
 @tile_cache_option
 @json_option
 def evaluate(
@@ -40,6 +41,9 @@ def evaluate(
     by_token: bool,
     backend: str,
     threads: int | None,
+    tau: float | None,
+    strict: bool,
+    dense: bool,
     no_tile_cache: bool,
     as_json: bool,
 ) -> None:
@@ -49,20 +53,27 @@ def evaluate(
     independent units. MODEL is a name in the store or a path; the default is smollm2.
     """
     from ondevice.model import load
+    from ondevice.sparsity.stats import sparsity_stats
     from ondevice_eval.evaluation import evaluate as score
 
     content = _read(text)
     with reporting() as progress:
         common: dict[str, Any] = {"threads": threads, "tile_cache": not no_tile_cache, "progress": progress}
-        loaded = load(model, backend=backend, **common)
+        own: dict[str, Any] = {"tau": tau, "strict": strict, "dense": dense}
+        loaded = load(model, backend=backend, **own, **common)
         other = None
         if against is not None or against_backend is not None:
-            other = load(against or model, backend=against_backend or backend, **common)
+            settings = {} if against else own
+            other = load(against or model, backend=against_backend or backend, **settings, **common)
             _same_vocabulary(loaded, other)
         ids = loaded.tokenizer.encode(content, add_special=False)[:tokens]
         decoder = None if other is None else other.decoder
+        if loaded.spec.sparsity is not None and not loaded.spec.sparsity.in_prompts and not by_token:
+            click.echo(f"{loaded.spec.sparsity.name} skips work in decoding only: computing token by token", err=True)
+            by_token = True
         scores = score(loaded.decoder, ids, window, decoder, by_token, progress)
-    report = _report(scores, compared=other is not None)
+    kept = sparsity_stats(loaded.spec, {}, loaded.decoder.ops.counts())
+    report = _report(scores, {} if kept is None else kept.density, compared=other is not None)
     click.echo(json.dumps(report, indent=1) if as_json else _for_people(report))
 
 
@@ -85,7 +96,7 @@ def _same_vocabulary(a: Model, b: Model) -> None:
         )
 
 
-def _report(scores: Scores, compared: bool) -> dict[str, Any]:
+def _report(scores: Scores, density: dict[str, float], compared: bool) -> dict[str, Any]:
     perplexity, error = math.exp(scores.nll), scores.nll_stderr
     return {
         "tokens": scores.tokens,
@@ -96,8 +107,8 @@ def _report(scores: Scores, compared: bool) -> dict[str, Any]:
         "stderr": None if error is None else perplexity * error,
         "kl": scores.kl if compared else None,
         "top1_agreement": scores.agreement if compared else None,
-        "ffn_density": 1.0,
-        "head_density": 1.0,
+        "ffn_density": density.get("ffn", 1.0),
+        "head_density": density.get("heads", 1.0),
     }
 
 
