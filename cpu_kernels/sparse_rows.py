@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 from cpu_kernels import simd
 from cpu_kernels.compile import Kernel, kernel, unpack
-from cpu_kernels.float_rows import float_products
+from cpu_kernels.float_rows import FloatRows, float_products
 from cpu_kernels.row_layout import RowLayout
 from cpu_kernels.row_products import quantized_products
 from cpu_kernels.rows import activate

@@ -48,6 +48,8 @@ RUN_BIT = 28
 """Counters hold the number of the run from this bit on."""
 AHEAD = 512 << 10
 """Bytes of later weights that a waiting thread fetches: a part of its second-level cache."""
+MAX_OPS = 1 << 12
+"""Operations that may run in one call."""
 SPINS = 1000
 """Turns of a spin loop before sleeping: some 20 microseconds."""
 NAP = 50_000
@@ -247,7 +249,7 @@ class ThreadPool:
         max_ops: operations that may run in one call.
     """
 
-    def __init__(self, threads: int, max_ops: int = 1 << 12) -> None:
+    def __init__(self, threads: int, max_ops: int = MAX_OPS) -> None:
         self.threads = threads
         self.max_ops = max_ops
         self._start()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpu_kernels.compile import Kernel
-from cpu_kernels.threads import FIELDS, RUN_BIT, ThreadPool
+from cpu_kernels.threads import FIELDS, MAX_OPS, RUN_BIT, ThreadPool
 from ondevice.ops.base import Step
 
 SLICE = 4e9
@@ -163,7 +163,7 @@ class Program:
         self._slices, done = [0], 0.0
         for i, work in enumerate(self._work, 1):
             done += work
-            if done > SLICE or i == len(self._work):
+            if done > SLICE or i == len(self._work) or i - self._slices[-1] == MAX_OPS:
                 self._slices.append(i)
                 done = 0
         self._base_tiles = table[self._by_chunks, 2].copy()

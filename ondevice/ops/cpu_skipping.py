@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,7 @@ from cpu_kernels import rows
 from cpu_kernels.compile import Kernel
 from cpu_kernels.threads import ThreadPool
 from ondevice.checkpoint.quantization import Quantized, Tensor
-from ondevice.errors import OptionError
-from ondevice.ops import cpu_selection
+from ondevice.ops import cpu_selection, cpu_sparse_inputs, cpu_sparse_tiles
 from ondevice.ops.base_skipping import SkippingOps, Tally
 from ondevice.ops.cpu_activations import ACTIVATIONS
 from ondevice.ops.cpu_attention import HeadMask, record_topk_attention
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from ondevice.generation.kv_cache import KVCache
     from ondevice.ops.base import Step
 
+ONE_BY_ONE = 8
+"""Tokens of a step where FFNs or linears run token by token: more would only make programs longer."""
 BLOCK = 32
 """Neurons from which on blocks are whole tiles, which are faster than single neurons."""
 
@@ -195,27 +196,51 @@ class CpuSkipping(SkippingOps):
     def sparse_ffn(
         self, x: Buffer, ffn: Ffn, selection: Selection | None, activation: str, residual: Buffer | None = None
     ) -> Buffer:
-        values = None
-        if selection is None:
-            table = cpu_selection.table_of_everything(ffn.neurons)
-        else:
-            values, own = selection.values, x.rows > 1 and not selection.shared
-            table = cpu_selection.record_table(self._now, selection.mask, own, ffn.counted.numbers)
-        weights, kind = ffn.weights, ACTIVATIONS[activation]
-        if x.rows > 1:
-            raise OptionError("batches of sparse FFNs")
+        weights, kind, now = ffn.weights, ACTIVATIONS[activation], self._now
+        values = None if selection is None or selection.values is None else now.floats(selection.values)
+        x, residual = self._read_by_all(x, residual)
         if isinstance(weights, SparseTiles):
-            return record_tiles(self._now, x, weights, Chosen(table.address, values), kind, residual)
-        h = record_rows(self._now, x, weights.up, table.address, kind, values)
-        return record_inputs(self._now, h, table.address, [weights.down], residual)
+            out = cpu_sparse_tiles.new_outputs(now, weights, x.rows)
+        else:
+            out = cpu_sparse_inputs.new_outputs(now, [weights.down], x.rows)
+        for token, table in enumerate(self._tables(selection, x.rows, ffn.counted)):
+            mine, own = x.row(token), None if values is None else values.row(token)
+            rest, place = None if residual is None else residual.row(token), out.row(token)
+            if isinstance(weights, SparseTiles):
+                record_tiles(now, mine, weights, Chosen(table.address, own), kind, rest, place)
+            else:
+                h = record_rows(now, mine, weights.up, table.address, kind, own)
+                record_inputs(now, h, table.address, [weights.down], rest, out=place)
+        return out
 
-    def sparse_linear(
-        self, x: Buffer, weight: Inputs, selection: Selection, residual: Buffer | None = None
-    ) -> Buffer:
-        table = cpu_selection.record_table(self._now, selection.mask, False, weight.counted.numbers)
+    def sparse_linear(self, x: Buffer, weight: Inputs, selection: Selection, residual: Buffer | None = None) -> Buffer:
+        x, residual = self._read_by_all(x, residual)
+        out = cpu_sparse_inputs.new_outputs(self._now, weight.weights, x.rows)
+        for token, table in enumerate(self._tables(selection, x.rows, weight.counted)):
+            rest, place = None if residual is None else residual.row(token), out.row(token)
+            record_inputs(self._now, x.row(token), table.address, weight.weights, rest, compact=False, out=place)
+        return out
+
+    def _read_by_all(self, x: Buffer, residual: Buffer | None) -> tuple[Buffer, Buffer | None]:
+        """The floats of several tokens, of which each is then a row. A single token can stay what it is."""
         if x.rows > 1:
-            raise OptionError("batches of sparse linears")
-        return record_inputs(self._now, x, table.address, weight.weights, residual, compact=False)
+            self._now.floats(x)
+        return x, None if residual is None else self._now.floats(residual)
+
+    def _tables(self, selection: Selection | None, tokens: int, counted: _Counted) -> Iterator[cpu_selection.Table]:
+        """Each token's table, recorded when it is asked for: tokens run one after the other."""
+        if selection is None:
+            everything = cpu_selection.table_of_everything(counted.units)
+            self._now.program.keep(everything)
+            yield from [everything] * tokens
+        elif tokens == 1:
+            yield cpu_selection.record_table(self._now, selection.mask, False, counted.numbers)
+        else:
+            for token in range(tokens):
+                yield cpu_selection.record_token_table(self._now, selection.mask, token, counted.numbers)
+
+    def step_tokens(self, most: int) -> int:
+        return min(most, ONE_BY_ONE) if self._counted else most
 
     def topk_attention(
         self, q: Buffer, cache: KVCache, layer: int, step: Step, scale: float, window: int, r: int, k: int

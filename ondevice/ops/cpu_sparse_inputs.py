@@ -116,6 +116,13 @@ def input_kernels(weight: Sequence[InputMajor]) -> tuple[Kernel, ...]:
     )
 
 
+def new_outputs(recording: Recording, weight: Sequence[InputMajor], rows: int) -> Buffer:
+    """Memory for results of several tokens."""
+    starts = np.cumsum([0] + [part.rows for part in weight]).tolist()
+    span = max(start + -(-part.rows // 16) * 16 for start, part in zip(starts, weight))
+    return recording.new(rows, starts[-1], span=span)
+
+
 def record_inputs(
     recording: Recording,
     h: Buffer,
@@ -123,6 +130,7 @@ def record_inputs(
     weight: Sequence[InputMajor],
     residual: Buffer | None = None,
     compact: bool = True,
+    out: Buffer | None = None,
 ) -> Buffer:
     """W h + bias (+ residual) for one token, over the inputs of a table.
 
@@ -131,10 +139,10 @@ def record_inputs(
         table: its address.
         weight: matrices whose outputs follow each other.
         residual: [1, outputs].
+        out: where the result goes, as `new_outputs` makes it; a new buffer if not given.
     """
     starts = np.cumsum([0] + [part.rows for part in weight]).tolist()
-    span = max(start + -(-part.rows // 16) * 16 for start, part in zip(starts, weight))
-    out = recording.new(1, starts[-1], span=span)
+    out = out or new_outputs(recording, weight, 1)
     extra = recording.floats(residual) if residual else None
     source = recording.floats(h)
     for start, part in zip(starts, weight):

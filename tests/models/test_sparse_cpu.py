@@ -12,7 +12,8 @@ from ondevice.checkpoint.quantization import Quantized, quantize
 from ondevice.ops.cpu import CpuOps
 from tests.kernels.rounding import rounded
 from tests.models.running import HalfCacheOps, decode_logits, make_decoder
-from tests.models.sparse_cases import METHODS, sparse_spec, sparse_tensors
+from tests.models.sparse_cases import METHODS, PER_TOKEN, sparse_spec, sparse_tensors
+from tests.models.sparse_running import LENGTHS, batch_logits
 
 IDS = np.random.RandomState(7).randint(0, 96, 24)
 TOLERANCE = 2e-2
@@ -75,3 +76,22 @@ def test_decoding_equals_the_reference(name: str, bits: int) -> None:
     a, b = decode_logits(ours, IDS), decode_logits(judge, IDS)
     rms = np.sqrt(((a - b) ** 2).mean(axis=1)) / b.std()
     assert np.median(rms) < TOLERANCE, rms
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_prompts_and_ragged_batches_equal_the_reference(name: str, bits: int) -> None:
+    spec, tensors = _model(name, bits)
+    ours, judge = (make_decoder(spec, tensors, ops) for ops in (CpuOps(2), RoundingOps()))
+    a, b = (batch_logits(decoder, LENGTHS) for decoder in (ours, judge))
+    rms = np.sqrt(((a - b) ** 2).mean(axis=-1)) / b.std()
+    assert np.median(rms) < TOLERANCE, rms
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_a_batch_equals_its_rows_to_the_bit(name: str) -> None:
+    spec, tensors = _model(name, 4)
+    decoder = make_decoder(spec, tensors, CpuOps(2))
+    together = batch_logits(decoder, LENGTHS)
+    for row, length in enumerate(LENGTHS):
+        assert np.array_equal(together[:, row : row + 1], batch_logits(decoder, [length], first=row)), row
