@@ -27,6 +27,12 @@ from cpu_kernels.simd import I8, I16, I32, SINGLE, offset
 from cpu_kernels.tiles import Layout
 
 
+def _nibbles(b: Any, v: Any) -> list[Any]:
+    """Low and high halves of bytes."""
+    fifteen, four = (ir.Constant(v.type, [n] * v.type.count) for n in (15, 4))
+    return [b.and_(v, fifteen), b.lshr(v, four)]
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """Segments of a neuron that are written together.
@@ -74,20 +80,50 @@ class Block:
 
     def stored(self, b: Any, block: Any, segment: int) -> list[Any]:
         """The bytes of a segment's codes as they are in memory, as vectors."""
-        kind = ir.VectorType(I8, min(self._codes, 64))
         starts = range(self.codes_at(segment), self.codes_at(segment + 1), 64)
-        return [b.load(simd.pointer(b, offset(b, block, at), kind), align=1) for at in starts]
+        return [self._load(b, offset(b, block, at)) for at in starts]
+
+    def _load(self, b: Any, address: Any) -> Any:
+        kind = ir.VectorType(I8, min(self._codes, 64))
+        return b.load(simd.pointer(b, address, kind), align=1)
 
     def codes(self, b: Any, stored: list[Any]) -> list[Any]:
         """The m / 2 vectors of codes in a segment's bytes."""
         if self.tiles.bits == 8:
             return stored
-        count = stored[0].type.count
-        low = [b.and_(v, ir.Constant(v.type, [15] * count)) for v in stored]
-        high = [b.lshr(v, ir.Constant(v.type, [4] * count)) for v in stored]
-        if count == 64:
+        low, high = zip(*(_nibbles(b, v) for v in stored))
+        if low[0].type.count == 64:
             return [*low, *high]
         return [b.shuffle_vector(low[0], high[0], ir.Constant(ir.VectorType(I32, 64), list(range(64))))]
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of memory that a segment's codes fill, at least 1."""
+        return -(-self._codes // 64)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of such a vector that are filled: 16, or 8."""
+        return min(self._codes, 64) // 4
+
+    def words(self, b: Any, address: Any) -> Any:
+        """One of those vectors as i32x16."""
+        v = self._load(b, address)
+        if self.lanes < 16:
+            v = b.shuffle_vector(v, v, ir.Constant(ir.VectorType(I32, 64), [i % v.type.count for i in range(64)]))
+        return b.bitcast(v, simd.I.llvm)
+
+    def quads(self, b: Any, lane: int, word: Any) -> list[tuple[int, int, Any]]:
+        """(vector, lane, codes) of the quads in a lane of the first vector of memory.
+
+        Args:
+            word: bytes, whose quads are those of that lane in 16 rows. Those of further vectors of memory belong to
+                vectors as much further on.
+        """
+        if self.tiles.bits == 8:
+            return [(0, lane, word)]
+        places = (lane, lane + 4 * self.m)
+        return [(place // 16, place % 16, codes) for place, codes in zip(places, _nibbles(b, word))]
 
     def numbers(self, b: Any, address: Any) -> Any:
         """Scales or biases of a segment as floats, each in all lanes of its group."""
