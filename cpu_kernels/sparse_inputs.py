@@ -28,7 +28,7 @@ from cpu_kernels.table import count_of, group_of, neurons_of
 F32 = np.float32
 PARTS = 16
 """A sum over the list is cut into so many parts, which are joined in order."""
-COLUMN = 8
+COLUMN = 16
 """Wide segments that one piece of work should have: enough for a run of memory, few enough for many threads."""
 AHEAD = 2
 """Entries ahead of their use at which weights are fetched: into the second-level cache, since rows whose distance is a
@@ -48,21 +48,16 @@ def _fetch(address, nbytes):
         prefetch_l2(address + line)
 
 
-def _entry(layout: InputLayout, fine: bool = False):
-    """Numba function: adds an entry's products to the sums of a column: wide segments first..last-1, and `tail` narrow.
-
-    coming: the place of an entry whose weights are fetched meanwhile, some rows before each segment.
-    """
-    wide_segment, narrow_segment = (
-        quantized_segment(layout, wide, fine) if layout.bits else float_segment(layout, wide) for wide in (True, False)
-    )
+@functools.cache
+def _fetching(layout: InputLayout):
+    """Numba functions: fetch a column's scales and biases of a group of weights; fetch rows of some of its neurons."""
     wide_bytes, narrow_bytes = layout.segment_bytes(True), layout.segment_bytes(False)
     wide_outputs, narrow_outputs = layout.outputs(True), layout.outputs(False)
     number = layout.number_bytes if layout.bits else 0
     mask, symmetric = layout.group_size - 1, layout.symmetric
 
     @numba.njit(error_model="numpy")
-    @named(f"fetch {layout.label}")
+    @named(layout.label)
     def fetch_numbers(group, places, column):
         first, last, tail = column
         start, count = first * wide_outputs, (last - first) * wide_outputs + tail * narrow_outputs
@@ -71,7 +66,7 @@ def _entry(layout: InputLayout, fine: bool = False):
             _fetch(group + places[2] + start * number, count * number)
 
     @numba.njit(error_model="numpy")
-    @named(f"fetch {layout.label}")
+    @named(layout.label)
     def fetch_rows(group, places, column, neurons, begin, end):
         wide, narrow, _, rows, narrow_rows, _ = places
         first, last, tail = column
@@ -80,6 +75,22 @@ def _entry(layout: InputLayout, fine: bool = False):
             _fetch(group + rows + (row * wide + first) * wide_bytes, (last - first) * wide_bytes)
             _fetch(group + narrow_rows + row * narrow * narrow_bytes, tail * narrow_bytes)
 
+    return fetch_numbers, fetch_rows
+
+
+def _entry(layout: InputLayout, fine: bool = False):
+    """Numba function: adds an entry's products to the sums of a column: wide segments first..last-1, and `tail` narrow.
+
+    coming: the place of an entry whose weights are fetched meanwhile, some rows before each segment.
+    """
+    wide_segment, narrow_segment = (
+        quantized_segment(layout, wide, fine) if layout.bits else float_segment(layout, wide) for wide in (True, False)
+    )
+    fetch_numbers, fetch_rows = _fetching(layout)
+    wide_bytes, narrow_bytes = layout.segment_bytes(True), layout.segment_bytes(False)
+    wide_outputs, narrow_outputs = layout.outputs(True), layout.outputs(False)
+    number = layout.number_bytes if layout.bits else 0
+
     @numba.njit(error_model="numpy")
     @named(f"{layout.label}{' fine' if fine else ''}")
     def entry(sums, place, places, column, quads, second, d, start, both, coming):
@@ -87,12 +98,12 @@ def _entry(layout: InputLayout, fine: bool = False):
         next_group, next_neurons, next_packs = coming
         wide, narrow, biases, rows, narrow_rows, _ = places
         first, last, tail = column
+        segments, next_rows = last - first + tail, 4 * next_packs
         fetch_numbers(next_group, places, column)
-        each = (4 * next_packs + last - first + tail - 1) // (last - first + tail)
-        for i in range(last - first + tail):
-            begin = min(i * each, 4 * next_packs)
-            fetch_rows(next_group, places, column, next_neurons, begin, min(begin + each, 4 * next_packs))
-            index = first + i
+        each = (next_rows + segments - 1) // segments
+        for i in range(segments):
+            begin, index = i * each, first + i
+            fetch_rows(next_group, places, column, next_neurons, begin, min(begin + each, next_rows))
             if index < last:
                 scales, row = group + index * wide_outputs * number, group + rows + index * wide_bytes
                 wide_segment(sums, scales, scales + biases, row, wide * wide_bytes, neurons, packs, quads, second, d,

@@ -172,18 +172,14 @@ def _inputs(
     recording: Recording, h: Buffer, table: int, weight: InputMajor, compact: bool
 ) -> tuple[Any, int, tuple[Kernel, int] | None]:
     """What the kernel multiplies: its address, the bytes between the copies of threads, and how they make them."""
-    row_bytes, groups = 128 * weight.groups, weight.groups
-    if not weight.layout.bits:
-        if compact:
-            return h.address, 0, None
-        row = recording.scratch("row", row_bytes)
-        return (
-            row,
-            row_bytes,
-            (chosen_inputs.gather_chosen, recording.program.store((row, row_bytes, h.address, table, groups))),
-        )
-    each = codes.panel_bytes(32 * groups, 1)
-    panel = recording.scratch("panel", each)
-    row = (0, 0) if compact else (recording.scratch("row", row_bytes), row_bytes)
-    arguments = (panel, each, h.address, table, groups, weight.inputs, *row)
-    return panel, each, (chosen_inputs.quantize_chosen, recording.program.store(arguments))
+    groups, row_bytes = weight.groups, 128 * weight.groups
+    row = recording.scratch("row", row_bytes) if not compact else 0
+    store = recording.program.store
+    if weight.layout.bits:
+        each = codes.panel_bytes(32 * groups, 1)
+        panel = recording.scratch("panel", each)
+        arguments = (panel, each, h.address, table, groups, weight.inputs, row, row_bytes)
+        return panel, each, (chosen_inputs.quantize_chosen, store(arguments))
+    if compact:
+        return h.address, 0, None
+    return row, row_bytes, (chosen_inputs.gather_chosen, store((row, row_bytes, h.address, table, groups)))
