@@ -69,6 +69,11 @@ def panel_widths() -> tuple[int, ...]:
     """
     if amx.tiles():
         return TILE, 8, 4
+    return vector_widths()
+
+
+def vector_widths() -> tuple[int, ...]:
+    """The same for products by vectors alone."""
     return (12, 8, 4) if instruction_set() == "vnni512" else (4,)
 
 
@@ -92,7 +97,7 @@ def _low(v):
 
 
 @numba.njit(error_model="numpy")
-def _root_mean_square(x, n, of):
+def root_mean_square(x, n, of):
     """Of `of` values, all but n of them 0; NaN if any is NaN or infinite."""
     squares, poison = zeros(), zeros()
     for i in range(0, n, 16):
@@ -103,8 +108,8 @@ def _root_mean_square(x, n, of):
 
 
 @numba.njit(error_model="numpy")
-def _quantize_group(x, rms, panel, n, width, token, group, fine):
-    """Rounds 32 floats. Returns where the next fine group goes."""
+def quantize_group(x, rms, panel, n, width, token, group, fine):
+    """Rounds 32 floats of a row with some root mean square. Returns where the next fine group goes."""
     v0, v1 = load_f32(x), load_f32(x + 64)
     peak = largest(maximum(absolute(v0), absolute(v1)))
     d = peak / F32(127)
@@ -162,19 +167,20 @@ def quantize_rows(x, stride, count, panel, n, width, of):
     fine = first + 64
     for token in range(count):
         # Kept where the row's last number will be, which is written last.
-        set_f32(panel + n * width + n // 2 * width - 4 * (width - token), _root_mean_square(x + token * stride, n, of))
+        set_f32(panel + n * width + n // 2 * width - 4 * (width - token), root_mean_square(x + token * stride, n, of))
     for group in range(n // 32):
         for token in range(count):
             rms = f32_at(panel + n * width + n // 2 * width - 4 * (width - token))
             at = x + token * stride + group * 128
-            fine = _quantize_group(at, rms, panel, n, width, token, group, fine)
+            fine = quantize_group(at, rms, panel, n, width, token, group, fine)
     set_i64(first, (fine - first) // FINE_GROUP - 1)
     for token in range(count, width):
-        _clear(panel, n, width, token)
+        clear_token(panel, n, width, token)
 
 
 @numba.njit(error_model="numpy")
-def _clear(panel, n, width, token):
+def clear_token(panel, n, width, token):
+    """Zeros for a token of a panel that there is none for."""
     for quad in range(n // 4):
         place = quad // 8 * 8 * width + 8 * token + quad % 8 if width == TILE else quad * width + token
         set_i32(panel + 4 * place, 0)

@@ -20,24 +20,47 @@ def group_bytes(layout: Layout) -> int:
 
 @functools.cache
 def unpack_tile(layout: Layout):
-    """Intrinsic: unpacks a tile of 16 rows."""
+    """Intrinsic: unpacks the first groups of a tile of 16 rows."""
 
     @intrinsic
     def unpack_tile(context, unpacked, tile, groups):
         def codegen(ctx, b, signature, args):
             unpacked, tile, groups = args
             with cgutils.for_range(b, groups) as loop:
-                address, scales, bias = layout.group(b, tile, loop.index)
-                at = b.add(unpacked, b.mul(loop.index, I64(group_bytes(layout))))
-                for j, code in enumerate(layout.codes(b, address)):
-                    b.store(code, simd.pointer(b, offset(b, at, 64 * j), simd.B.llvm), align=4)
-                for i, number in enumerate([*scales, bias] if bias is not None else scales):
-                    simd.store_f32.build(b, offset(b, at, 512 + 64 * i), number)
+                _unpack_group(b, layout, unpacked, loop.index, tile, loop.index)
             return ctx.get_dummy_value()
 
         return types.void(*[types.int64] * 3), codegen
 
     return unpack_tile
+
+
+@functools.cache
+def unpack_listed(layout: Layout):
+    """Intrinsic: unpacks those groups of a tile of 16 rows that a list [int32] has, side by side."""
+
+    @intrinsic
+    def unpack_listed(context, unpacked, tile, listed, count):
+        def codegen(ctx, b, signature, args):
+            unpacked, tile, listed, count = args
+            with cgutils.for_range(b, count) as loop:
+                group = simd.i32_at.build(b, b.add(listed, b.mul(loop.index, I64(4))))
+                _unpack_group(b, layout, unpacked, loop.index, tile, group)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return unpack_listed
+
+
+def _unpack_group(b, layout, unpacked, index, tile, group):
+    """32 inputs of a tile become those of number `index` in an unpacked one."""
+    address, scales, bias = layout.group(b, tile, group)
+    at = b.add(unpacked, b.mul(index, I64(group_bytes(layout))))
+    for j, code in enumerate(layout.codes(b, address)):
+        b.store(code, simd.pointer(b, offset(b, at, 64 * j), simd.B.llvm), align=4)
+    for i, number in enumerate([*scales, bias] if bias is not None else scales):
+        simd.store_f32.build(b, offset(b, at, 512 + 64 * i), number)
 
 
 # What follows writes LLVM IR. `number` is where a panel holds the first token's scale of a group; the other numbers of

@@ -133,6 +133,14 @@ class Recording:
             self.program.add(producer.kernel, -(-x.rows // widest), arguments)
         return x.panels.address, last
 
+    def rows_of_codes(self, x: Buffer) -> tuple[Block, int]:
+        """int8 codes of rows, each a panel of width 1: their memory, and the bytes between them."""
+        each, producer = codes.panel_bytes(x.width, 1), self._producer_of_codes(x)
+        block = Block(self.program.memory, x.rows * each)
+        arguments = (self.scratch("row", x.stride_bytes), 0, x.stride_bytes, *producer.arguments)
+        self.program.add(producer.kernel, x.rows, (*arguments, block.address, 0, 1, 1, x.rows))
+        return block, each
+
     def scratch(self, use: str, each: int) -> NDArray[np.uint8]:
         """Scratch for every thread; programs keep the one that they were recorded with alive."""
         if len(self._scratch.get(use, ())) < each * self.threads:
