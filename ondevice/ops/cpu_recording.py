@@ -135,7 +135,7 @@ class Recording:
 
     def rows_of_codes(self, x: Buffer) -> tuple[Block, int]:
         """int8 codes of rows, each a panel of width 1: their memory, and the bytes between them."""
-        each, producer = codes.panel_bytes(x.width, 1), self._producer_of_codes(x)
+        each, producer = codes.panel_bytes(x.width, 1), self.producer_of_codes(x)
         block = Block(self.program.memory, x.rows * each)
         arguments = (self.scratch("row", x.stride_bytes), 0, x.stride_bytes, *producer.arguments)
         self.program.add(producer.kernel, x.rows, (*arguments, block.address, 0, 1, 1, x.rows))

@@ -18,6 +18,7 @@ from ondevice.ops import cpu_selection, cpu_sparse_inputs, cpu_sparse_tiles
 from ondevice.ops.base_skipping import SkippingOps, Tally
 from ondevice.ops.cpu_activations import ACTIVATIONS
 from ondevice.ops.cpu_attention import HeadMask, record_topk_attention
+from ondevice.ops.cpu_grouped import Experts, grouped_kernels, record_grouped
 from ondevice.ops.cpu_memory import WeightMemory
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_sparse_inputs import InputMajor, input_kernels, pack_input_major, record_inputs
@@ -88,6 +89,7 @@ class CpuSkipping(SkippingOps):
     def __init__(self) -> None:
         self._counted: list[_Counted] = []
         self._seeds = itertools.count()
+        self._one_by_one = False
 
     def counts(self) -> dict[str, Tally]:
         tallies = {kind: Tally() for kind in ("ffn", "inputs")}
@@ -123,11 +125,13 @@ class CpuSkipping(SkippingOps):
         if block % BLOCK == 0 and all(isinstance(t, Quantized) for t in tensors):
             biases = (gate_bias, up_bias, down_bias)
             weights = pack_tiles(self.pool, self._memory, gate, up, down, biases, valued)
-            kernels, nbytes = tiles_kernels(weights), weights.up.data.nbytes + weights.down.data.nbytes
+            kernels = (*tiles_kernels(weights), *(() if valued else grouped_kernels(weights)))
+            nbytes = weights.up.data.nbytes + weights.down.data.nbytes
         else:
             first = pack_neuron_rows(self.pool, self._memory, gate, up, gate_bias, up_bias)
             inputs = pack_input_major(self.pool, self._memory, down, down_bias)
             weights = _ByNeuron(first, inputs, valued)
+            self._one_by_one = True
             kernels, nbytes = (*row_kernels(first), *input_kernels([inputs])), first.data.nbytes + inputs.data.nbytes
         self._kernels.update(dict.fromkeys((*kernels, *cpu_selection.KERNELS)))
         return Ffn(weights, up.shape[0], self._count("ffn", up.shape[0], nbytes))
@@ -135,7 +139,7 @@ class CpuSkipping(SkippingOps):
     def pack_input_major(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Inputs:
         parts = [pack_input_major(self.pool, self._memory, w, b) for w, b in zip(weights, biases)]
         self._kernels.update(dict.fromkeys((*input_kernels(parts), *cpu_selection.KERNELS)))
-        inputs = parts[0].inputs
+        inputs, self._one_by_one = parts[0].inputs, True
         return Inputs(parts, self._count("inputs", inputs, sum(p.data.nbytes for p in parts)))
 
     # Selections
@@ -198,6 +202,8 @@ class CpuSkipping(SkippingOps):
     ) -> Buffer:
         weights, kind, now = ffn.weights, ACTIVATIONS[activation], self._now
         values = None if selection is None or selection.values is None else now.floats(selection.values)
+        if x.rows > 1 and isinstance(weights, SparseTiles) and weights.mode != "valued":
+            return record_grouped(now, x, weights, self._experts(selection, ffn), kind, residual)
         x, residual = self._read_by_all(x, residual)
         if isinstance(weights, SparseTiles):
             out = cpu_sparse_tiles.new_outputs(now, weights, x.rows)
@@ -221,6 +227,16 @@ class CpuSkipping(SkippingOps):
             record_inputs(self._now, x.row(token), table.address, weight.weights, rest, compact=False, out=place)
         return out
 
+    def _experts(self, selection: Selection | None, ffn: Ffn) -> Experts:
+        """Each token's blocks; the whole layer is one block."""
+        if selection is None:
+            everything = np.ones(1, np.uint64)
+            self._now.program.keep(everything)
+            return Experts(everything.ctypes.data, 0, 1)
+        made: cpu_selection.Selection = selection.mask
+        cpu_selection.record_table(self._now, made, False, ffn.counted.numbers)
+        return Experts(made.mask.address, cpu_selection.mask_bytes(made.units) if made.rows > 1 else 0, made.units)
+
     def _read_by_all(self, x: Buffer, residual: Buffer | None) -> tuple[Buffer, Buffer | None]:
         """The floats of several tokens, of which each is then a row. A single token can stay what it is."""
         if x.rows > 1:
@@ -240,7 +256,7 @@ class CpuSkipping(SkippingOps):
                 yield cpu_selection.record_token_table(self._now, selection.mask, token, counted.numbers)
 
     def step_tokens(self, most: int) -> int:
-        return min(most, ONE_BY_ONE) if self._counted else most
+        return min(most, ONE_BY_ONE) if self._one_by_one else most
 
     def topk_attention(
         self, q: Buffer, cache: KVCache, layer: int, step: Step, scale: float, window: int, r: int, k: int
