@@ -163,6 +163,7 @@ def record_rows(
         [1, 32 * groups of neurons], of which 32 for each entry of the table are written.
     """
     out = recording.new(1, 32 * rows.groups)
+    first: tuple[Kernel, int] | None
     if isinstance(rows.layout, RowLayout):
         source, each, first = _own_row_codes(recording, x, rows.layout)
     else:
