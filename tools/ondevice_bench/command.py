@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,12 @@ def _numbers(*names: str, default: int | None, low: int, help: str, **extra: Any
 @_numbers("-b", "--batch", default=1, low=1, help="Sequences: tg decodes them together, pp reads one after another.")
 @click.option("--only", type=click.Choice(["pp", "tg"]), help="Leave the other tests out.")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True, help="Timed per test.")
+@click.option(
+    "--sparsity",
+    metavar="METHOD[:KEY=VALUE,...]",
+    multiple=True,
+    help="Run --shape also with a method that skips work, in turn with the dense one; repeat for several; see below.",
+)
 @_numbers(
     *("-t", "--threads"),
     default=None,
@@ -93,6 +100,7 @@ def bench(
     batch: tuple[tuple[int, ...], ...],
     only: str | None,
     repetitions: int,
+    sparsity: tuple[str, ...],
     threads: tuple[tuple[int, ...], ...],
     backend: str,
     profile: bool,
@@ -114,6 +122,12 @@ def bench(
     --profile runs each tg test once more. Times are means over threads: of work in each part of the model, of waiting
     for other threads, and other, which is Python between the steps and threads that the system had not started yet.
 
+    --sparsity takes: lists (random lists, no selector), lte, d2dmoe, polar, spark, with keys rows (part of the FFN's
+    neurons that run; polar also knows rows=published), block (neurons of a group), heads (part of the heads), tokens
+    (keys that spark attends to), rank and width (of routers), as in lte:rows=0.5,block=32. The method's selector runs
+    and is measured, then a fresh random list of the wanted length replaces its result for every token and layer.
+    Spark's counterpart is the dense shape with as many weights.
+
     Shapes: smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, gemma-2-2b, gemma-3-1b, llama-3.2-1b, llama-3.1-8b, llama-2-7b,
     opt-125m, opt-1.3b, opt-6.7b. Their weights are random codes without biases, as in GGUF's Q4_0 and Q8_0, head and
     embedding included.
@@ -122,7 +136,7 @@ def bench(
         raise click.UsageError(f"--json and -o {output} contradict each other; give one.")
     if profile and only == "pp":
         raise click.UsageError("--profile looks at generation, which --only pp leaves out; drop one of them.")
-    source = _source(ctx, model, shape, bits, group_size)
+    sources = _sources(_source(ctx, model, shape, bits, group_size), sparsity)
     from ondevice_bench.cases import grid
 
     prompts, generated = (() if only == "tg" else _flat(prompt)), (() if only == "pp" else _flat(generate))
@@ -131,8 +145,19 @@ def bench(
 
     rows: list[Row] = []
     for count in _flat(threads) or (None,):
-        rows += _run(source, backend, count, cases, repetitions, profile)
+        rows += _run(sources, backend, count, cases, repetitions, profile)
     click.echo(render(rows, "json" if as_json else output or "md"))
+
+
+def _sources(dense: Source, sparsity: tuple[str, ...]) -> list[Source]:
+    """The dense model, and what else runs in turn with it."""
+    if not sparsity:
+        return [dense]
+    if dense.bits is None:
+        raise click.UsageError(f"--sparsity {sparsity[0]} makes random routers, for the weights of --shape; add it.")
+    from ondevice_bench.sparsity import parse
+
+    return [dense, *(dataclasses.replace(dense, sparsity=parse(text)) for text in sparsity)]
 
 
 def _flat(values: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
@@ -155,21 +180,29 @@ def _source(ctx: click.Context, model: str, shape: str | None, bits: str | None,
 
 
 def _run(
-    source: Source, backend: str, threads: int | None, cases: list[Case], repetitions: int, profile: bool
+    sources: list[Source], backend: str, threads: int | None, cases: list[Case], repetitions: int, profile: bool
 ) -> Iterator[Row]:
-    """Rows of all tests with one number of threads."""
+    """Rows of all tests with one number of threads; several sources run in turn, the first of them dense."""
     from ondevice import machine
     from ondevice_bench.loading import load_decoder
-    from ondevice_bench.measure import measure
+    from ondevice_bench.measure import in_turn
     from ondevice_bench.report import Setting, row
     from ondevice_bench.traffic import bits_per_weight, model_bytes
 
     with reporting() as progress:
-        decoder = load_decoder(source, backend, threads, cases, profile, progress)
-    used = getattr(decoder.ops, "threads", None)
+        decoders = [load_decoder(source, backend, threads, cases, profile, progress) for source in sources]
+    used = getattr(decoders[0].ops, "threads", None)
     gbs = machine.read_bandwidth(used or machine.default_threads()) / 1e9
-    setting = Setting(source.label, model_bytes(decoder), bits_per_weight(decoder), decoder.ops.name, used, gbs)
+    settings = [
+        Setting(
+            *(source.label, model_bytes(decoder), bits_per_weight(decoder), decoder.ops.name, used, gbs),
+            sparsity=source.sparsity.text if source.sparsity else "dense",
+        )
+        for source, decoder in zip(sources, decoders)
+    ]
     for i, case in enumerate(cases, 1):
         # One line before each test: a bar that moves would take time from what is measured.
         click.echo(f"measuring {case.name} ({i} of {len(cases)}) ...", err=True)
-        yield row(setting, measure(decoder, case, repetitions, profile))
+        results = in_turn(decoders, case, repetitions, profile)
+        for setting, result in zip(settings, results):
+            yield row(setting, result, None if result is results[0] else results[0])

@@ -15,6 +15,7 @@ from ondevice_bench.cases import Case, check
 from ondevice_bench.parts import profile_table
 from ondevice_bench.random_weights import FLOAT_BITS, RandomWeights
 from ondevice_bench.shapes import shape_spec
+from ondevice_bench.sparsity import Sparsity, force
 
 if TYPE_CHECKING:
     from ondevice.checkpoint.base import Checkpoint
@@ -30,11 +31,13 @@ class Source:
         name: of a model or, where `bits` is given, of a shape.
         bits: of random weights; None reads a model.
         group_size: of random weights.
+        sparsity: a method that skips, with random routers.
     """
 
     name: str
     bits: int | None = None
     group_size: int = 32
+    sparsity: Sparsity | None = None
 
     @property
     def label(self) -> str:
@@ -67,17 +70,22 @@ def load_decoder(
     ops = op_table(backend, threads, progress and compiling_progress(progress))
     if profile:
         profile_table(ops)
-    with _open(source, progress) as checkpoint:
+    with _open(source, cases, progress) as checkpoint:
         check(cases, checkpoint.spec, source.name)
         # Random weights have all that a decoder asks of a checkpoint.
         weights = cast("Checkpoint", checkpoint)
         with ops.keeping(weights, progress):
             decoder = Decoder(weights, ops, progress)
+    if source.sparsity is not None:
+        force(decoder, source.sparsity)
     ops.prepare(decoder.spec, progress and compiling_progress(progress))
     return decoder
 
 
-def _open(source: Source, progress: Progress | None) -> Any:
+def _open(source: Source, cases: Sequence[Case], progress: Progress | None) -> Any:
     if source.bits is None:
         return open_checkpoint(find(source.name, progress))
-    return nullcontext(RandomWeights(shape_spec(source.name), source.bits, source.group_size))
+    spec = shape_spec(source.name)
+    if source.sparsity is not None:
+        spec = source.sparsity.spec_for(spec, [case.batch for case in cases])
+    return nullcontext(RandomWeights(spec, source.bits, source.group_size))

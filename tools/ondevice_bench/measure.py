@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from ondevice_bench.traffic import bytes_per_token, held_bytes
 
 if TYPE_CHECKING:
     from ondevice.decoder import Decoder
+    from ondevice.ops.base_skipping import Tally
     from ondevice_bench.cases import Case
 
 SEED = 0
@@ -30,12 +31,14 @@ class Result:
         samples: tokens per second of each repetition, those of all sequences together.
         bytes_per_token: see `traffic`.
         profile: of one more repetition, where it was asked for.
+        skipped: what the op table counted while it was timed, by name.
     """
 
     case: Case
     samples: list[float]
     bytes_per_token: float
     profile: Profile | None = None
+    skipped: dict[str, Tally] = field(default_factory=dict)
 
 
 def measure(
@@ -55,15 +58,47 @@ def measure(
     Raises:
         OptionError: keys and values take more memory than there is.
     """
-    run = _Run(decoder, case)
-    run.once(between)
-    samples = [case.tokens * case.batch / run.once(between) for _ in range(repetitions)]
-    table = None
-    if profile and case.kind == "tg":
-        with profile_table(decoder.ops)() as parts:
-            seconds = run.once()
-        table = Profile(dict(parts), seconds, case.tokens, case.batch)
-    return Result(case, samples, bytes_per_token(decoder, run.cache, case), table)
+    return in_turn([decoder], case, repetitions, profile, between)[0]
+
+
+def in_turn(
+    decoders: Sequence[Decoder],
+    case: Case,
+    repetitions: int,
+    profile: bool = False,
+    between: Callable[[], object] | None = None,
+) -> list[Result]:
+    """The same test on several models, a repetition of each in turn: what disturbs one disturbs the others too."""
+    runs = [_Run(decoder, case) for decoder in decoders]
+    for run in runs:
+        run.once(between)
+    before = [_skipped(run.decoder) for run in runs]
+    samples: list[list[float]] = [[] for _ in runs]
+    for _ in range(repetitions):
+        for run, mine in zip(runs, samples):
+            mine.append(case.tokens * case.batch / run.once(between))
+    results = []
+    for run, mine, earlier in zip(runs, samples, before):
+        tokens = case.tokens * case.batch * repetitions
+        skipped = {name: _since(tally, earlier[name]) for name, tally in _skipped(run.decoder).items()}
+        nbytes = bytes_per_token(run.decoder, run.cache, case) - sum(t.bytes_skipped for t in skipped.values()) / tokens
+        results.append(Result(case, mine, nbytes, _profile(run) if profile and case.kind == "tg" else None, skipped))
+    return results
+
+
+def _skipped(decoder: Decoder) -> dict[str, Tally]:
+    """A copy of what the table has counted so far."""
+    return {name: replace(tally) for name, tally in decoder.ops.counts().items()}
+
+
+def _since(now: Tally, earlier: Tally) -> Tally:
+    return replace(now, **{f.name: getattr(now, f.name) - getattr(earlier, f.name) for f in fields(now)})
+
+
+def _profile(run: _Run) -> Profile:
+    with profile_table(run.decoder.ops)() as parts:
+        seconds = run.once()
+    return Profile(dict(parts), seconds, run.case.tokens, run.case.batch)
 
 
 class _Run:

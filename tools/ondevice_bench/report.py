@@ -32,6 +32,7 @@ class Setting:
         backend: name of the op table.
         threads: None where the table does not say.
         read_gbs: what the memory gives to so many threads.
+        sparsity: the method and what was forced.
     """
 
     model: str
@@ -40,10 +41,11 @@ class Setting:
     backend: str
     threads: int | None
     read_gbs: float
+    sparsity: str = "dense"
 
 
-def row(setting: Setting, result: Result) -> Row:
-    """One result with the keys of the JSON document."""
+def row(setting: Setting, result: Result, dense: Result | None = None) -> Row:
+    """One result with the keys of the JSON document. dense: of the dense model that ran in turn."""
     case, samples = result.case, result.samples
     mean = statistics.fmean(samples)
     gbs = mean * result.bytes_per_token / 1e9
@@ -54,7 +56,7 @@ def row(setting: Setting, result: Result) -> Row:
         "backend": setting.backend,
         "threads": setting.threads,
         "model": setting.model,
-        "sparsity": "dense",
+        "sparsity": setting.sparsity,
         "avg_ts": mean,
         "stddev_ts": statistics.stdev(samples) if len(samples) > 1 else None,
         "median_ts": statistics.median(samples),
@@ -63,14 +65,20 @@ def row(setting: Setting, result: Result) -> Row:
         "achieved_gbs": gbs,
         "read_gbs": setting.read_gbs,
         "read_share": gbs / setting.read_gbs,
-        "ffn_density": 1.0,
-        "head_density": 1.0,
+        "ffn_density": _density(result, "ffn"),
+        "head_density": _density(result, "heads"),
+        "speedup": statistics.median(samples) / statistics.median(dense.samples) if dense else None,
         "model_bytes": setting.nbytes,
         "bits_per_weight": setting.bits_per_weight,
         "profile": None if result.profile is None else result.profile.rows(),
         "cpu": cpu_name(),
         "version": __version__,
     }
+
+
+def _density(result: Result, kind: str) -> float:
+    tally = result.skipped.get(kind)
+    return tally.kept / tally.units if tally and tally.units else 1.0
 
 
 def render(rows: Sequence[Row], output: str) -> str:
@@ -107,11 +115,18 @@ def _table(rows: Sequence[Row]) -> str:
                 "tok/s": f"{r['avg_ts']:.2f}" + ("" if r["stddev_ts"] is None else f" ± {r['stddev_ts']:.2f}"),
                 "bytes/token": size(r["bytes_per_token"]),
                 "GB/s": f"{r['achieved_gbs']:.1f}",
+                **({} if all(r["sparsity"] == "dense" for r in rows) else _skipping(r)),
             }
             for r in rows
         ],
-        left=("model", "backend", "test"),
+        left=("model", "backend", "test", "sparsity"),
     )
+
+
+def _skipping(row: Row) -> dict[str, str]:
+    """Columns of tables where something is skipped."""
+    speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}"
+    return {"sparsity": row["sparsity"], "FFN": f"{100 * row['ffn_density']:.0f} %", "speed-up": speedup}
 
 
 def _memory(rows: Sequence[Row]) -> str:

@@ -103,12 +103,19 @@ class Sparsity:
             return PUBLISHED_ROWS[next((size for size in PUBLISHED_ROWS if size >= batch), 256)]
         return self.number("rows")
 
-    def method_for(self, spec: ModelSpec, batches: Sequence[int]) -> Method:
-        """The method with settings that fit a model of this shape.
+    def spec_for(self, spec: ModelSpec, batches: Sequence[int]) -> ModelSpec:
+        """A dense model's spec with the method's settings.
 
         Raises:
-            OptionError: there are none, because the shape lacks what the method needs.
+            OptionError: the shape lacks what the method needs.
         """
+        if self.method == "spark":
+            # Two matrices where a gated layer has three: as many weights, as in the published model. Scores that choose
+            # keys are not capped.
+            spec = dataclasses.replace(spec, d_ff=spec.d_ff * 3 // 2, attention_softcap=0.0)
+        return dataclasses.replace(spec, sparsity=self._method_for(spec, batches))
+
+    def _method_for(self, spec: ModelSpec, batches: Sequence[int]) -> Method:
         match self.method:
             case "lists":
                 return Lists(self._block(spec), self.number("rows"))
@@ -117,20 +124,14 @@ class Sparsity:
             case "d2dmoe":
                 return D2dmoe(block=self._block(spec), width=self.whole("width"))
             case "spark":
-                return self._spark(spec)
+                return Spark.of_halves(spec, round(self.number("rows") * spec.d_ff), self.whole("tokens"))
         return self._polar(spec, batches)
 
     def _block(self, spec: ModelSpec) -> int:
         block = self.whole("block")
         if spec.d_ff % block:
-            raise OptionError(
-                f"--sparsity {self.text}: blocks of {block} do not divide the {spec.d_ff} neurons of a layer"
-            )
+            raise OptionError(f"--sparsity {self.text}: blocks of {block} do not divide a layer's {spec.d_ff} neurons")
         return block
-
-    def _spark(self, spec: ModelSpec) -> Method:
-        k = round(self.number("rows") * spec.d_ff)
-        return Spark.of_halves(spec, k, self.whole("tokens"))
 
     def _polar(self, spec: ModelSpec, batches: Sequence[int]) -> Method:
         heads = max(1, int(self.number("heads") * spec.n_heads))

@@ -24,8 +24,9 @@ def held_bytes(*handles: Any) -> int:
     waiting = list(handles)
     while waiting:
         value = waiting.pop()
-        if hasattr(value, "nbytes"):
-            found[id(value)] = int(value.nbytes)
+        nbytes = getattr(value, "nbytes", None)
+        if isinstance(nbytes, int):
+            found[id(value)] = nbytes
         elif is_dataclass(value):
             waiting += [getattr(value, field.name) for field in fields(value)]
         elif isinstance(value, (list, tuple)):
