@@ -34,7 +34,7 @@ def _nibbles(b: Any, v: Any) -> list[Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class RowBlock:
     """Segments of a neuron that are written together.
 
     Args:
@@ -64,6 +64,16 @@ class Block:
         """Bytes of the block."""
         return self.segments * (self._codes + self._numbers * (1 if self.tiles.symmetric else 2))
 
+    @property
+    def vectors(self) -> int:
+        """Vectors of memory that a segment's codes fill, at least 1."""
+        return -(-self._codes // 64)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of such a vector that are filled: 16, or 8."""
+        return min(self._codes, 64) // 4
+
     def codes_at(self, segment: int) -> int:
         """Where in the block a segment's codes are."""
         return segment * self._codes
@@ -78,39 +88,26 @@ class Block:
 
     # What follows writes LLVM IR.
 
-    def stored(self, b: Any, block: Any, segment: int) -> list[Any]:
-        """The bytes of a segment's codes as they are in memory, as vectors."""
+    def codes(self, b: Any, block: Any, segment: int) -> list[Any]:
+        """The m / 2 vectors of codes of a segment."""
         starts = range(self.codes_at(segment), self.codes_at(segment + 1), 64)
-        return [self._load(b, offset(b, block, at)) for at in starts]
-
-    def _load(self, b: Any, address: Any) -> Any:
-        kind = ir.VectorType(I8, min(self._codes, 64))
-        return b.load(simd.pointer(b, address, kind), align=1)
-
-    def codes(self, b: Any, stored: list[Any]) -> list[Any]:
-        """The m / 2 vectors of codes in a segment's bytes."""
+        stored = [self._load(b, offset(b, block, at)) for at in starts]
         if self.tiles.bits == 8:
             return stored
         low, high = zip(*(_nibbles(b, v) for v in stored))
-        if low[0].type.count == 64:
+        if self.lanes == 16:
             return [*low, *high]
         return [b.shuffle_vector(low[0], high[0], ir.Constant(ir.VectorType(I32, 64), list(range(64))))]
 
-    @property
-    def vectors(self) -> int:
-        """Vectors of memory that a segment's codes fill, at least 1."""
-        return -(-self._codes // 64)
-
-    @property
-    def lanes(self) -> int:
-        """Lanes of such a vector that are filled: 16, or 8."""
-        return min(self._codes, 64) // 4
+    def _load(self, b: Any, address: Any) -> Any:
+        kind = ir.VectorType(I8, 4 * self.lanes)
+        return b.load(simd.pointer(b, address, kind), align=1)
 
     def words(self, b: Any, address: Any) -> Any:
         """One of those vectors as i32x16."""
         v = self._load(b, address)
         if self.lanes < 16:
-            v = b.shuffle_vector(v, v, ir.Constant(ir.VectorType(I32, 64), [i % v.type.count for i in range(64)]))
+            v = b.shuffle_vector(v, v, ir.Constant(ir.VectorType(I32, 64), [i % 32 for i in range(64)]))
         return b.bitcast(v, simd.I.llvm)
 
     def quads(self, b: Any, lane: int, word: Any) -> list[tuple[int, int, Any]]:
@@ -155,9 +152,9 @@ class RowLayout:
         return f"{self.tiles.label} {self.parts} of {self.inputs}"
 
     @property
-    def whole(self) -> Block:
+    def whole(self) -> RowBlock:
         """The first of the blocks with 16 groups of each row."""
-        return Block(self.tiles, 0, 16, tuple((0, group) for group in range(16)), self.parts)
+        return RowBlock(self.tiles, 0, 16, tuple((0, group) for group in range(16)), self.parts)
 
     @property
     def n_whole(self) -> int:
@@ -165,7 +162,7 @@ class RowLayout:
         return self.inputs // 512
 
     @property
-    def rest(self) -> list[Block]:
+    def rest(self) -> list[RowBlock]:
         """The blocks of what is left."""
         first, end = self.n_whole * 16, self.inputs // 32
         owners: list[Any] = [(part, group) for part in range(self.parts) for group in range(first, end)]
@@ -173,7 +170,7 @@ class RowLayout:
         found, at = [], self.n_whole * self.whole.nbytes
         while owners:
             m = next(m for m in (16, 8, 4, 2) if m <= len(owners))
-            found.append(Block(self.tiles, at, m, tuple(owners[:m]), 1))
+            found.append(RowBlock(self.tiles, at, m, tuple(owners[:m]), 1))
             owners, at = owners[m:], at + found[-1].nbytes
         return found
 
@@ -182,7 +179,7 @@ class RowLayout:
         """Bytes of a neuron."""
         return self.n_whole * self.whole.nbytes + sum(block.nbytes for block in self.rest)
 
-    def runs(self, part: int) -> list[tuple[Block, int, int, int, int]]:
+    def runs(self, part: int) -> list[tuple[RowBlock, int, int, int, int]]:
         """Where the groups of a row are: block, segment, lane of the first, its group, and how many, in order."""
         found = []
         for i in range(self.n_whole):

@@ -66,7 +66,7 @@ def _rows_of_lanes(block):
 
 def _sums(b, block, segment, at, token, planes):
     """The integer sums of a segment by lane, as floats."""
-    us, sums = block.codes(b, block.stored(b, at, segment)), None
+    us, sums = block.codes(b, at, segment), None
     for plane, starts in ((0, STARTS), (SECOND, SECOND_STARTS))[:planes]:
         signed = [simd.load_bytes.build(b, offset(b, token, plane + 64 * j)) for j in range(block.m // 2)]
         start = b.load(simd.pointer(b, offset(b, token, starts), simd.I.llvm), align=4)
