@@ -157,7 +157,6 @@ def _record_part(
     wide, narrow, *_ = weight.places
     columns = max(1, -(-wide // COLUMN))
     each = -(-wide // columns)
-    columns = max(1, -(-wide // each)) if each else 1
     part_bytes = 4 * (each * weight.layout.outputs(True) + narrow * weight.layout.outputs(False))
     parts = Block(recording.program.memory, columns * PARTS * part_bytes)
     x, x_each, first = _inputs(recording, h, table, weight, compact)
