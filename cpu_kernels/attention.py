@@ -11,6 +11,7 @@ import functools
 import numba
 import numpy as np
 
+from cpu_kernels.atomics import atomic_add, atomic_store
 from cpu_kernels.attention_chunk import (
     CHUNK,
     SCORE_STRIDE,
@@ -23,7 +24,7 @@ from cpu_kernels.attention_chunk import (
 )
 from cpu_kernels.compile import Kernel, kernel, named, unpack
 from cpu_kernels.selected_heads import any_chosen, chosen, clear
-from cpu_kernels.simd import atomic_add, atomic_store, i32_at, load_f32, store_f32
+from cpu_kernels.simd import i32_at, load_f32, store_f32
 from cpu_kernels.softmax import finish, merge, result_bytes
 
 F32 = np.float32

@@ -15,9 +15,10 @@ import numba
 import numpy as np
 from llvmlite import ir
 
+from cpu_kernels.atomics import atomic_add
 from cpu_kernels.compile import kernel, unpack
 from cpu_kernels.masks import expand, highest_bit, low_bits, popcount, random_mask, words
-from cpu_kernels.simd import I8, I32, VOID, A, atomic_add, i64_at, op, pointer, set_i32, set_i64, splat
+from cpu_kernels.simd import I8, I32, VOID, A, i64_at, op, pointer, set_i32, set_i64, splat
 
 HEADER = 64
 """Bytes before the groups."""

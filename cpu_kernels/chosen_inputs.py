@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numba
 
-from cpu_kernels.codes import quantize_some
+from cpu_kernels.codes import quantize_rows
 from cpu_kernels.compile import kernel, unpack
 from cpu_kernels.simd import f32_at, i32_at, set_f32
 from cpu_kernels.table import count_of, neurons_of
@@ -38,5 +38,4 @@ def quantize_chosen(arguments, tile, thread):
         _gather(row + thread * row_each, x, table, groups)
         x = row + thread * row_each
     n = 32 * i32_at(table)
-    if n > 0:
-        quantize_some(x, 4 * n, 1, panels + thread * each, n, 1, inputs)
+    quantize_rows(x, 4 * n, 1, panels + thread * each, n, 1, inputs)

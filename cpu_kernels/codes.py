@@ -93,7 +93,7 @@ def _low(v):
 
 @numba.njit(error_model="numpy")
 def _root_mean_square(x, n, of):
-    """Of n values, and zeros up to `of`. NaN if any is NaN or infinite."""
+    """Of `of` values, all but n of them 0; NaN if any is NaN or infinite."""
     squares, poison = zeros(), zeros()
     for i in range(0, n, 16):
         v = load_f32(x + 4 * i)
@@ -149,18 +149,16 @@ def _quantize_group(x, rms, panel, n, width, token, group, fine):
 
 
 @numba.njit(error_model="numpy")
-def quantize_rows(x, stride, count, panel, n, width):
+def quantize_rows(x, stride, count, panel, n, width, of):
     """Rounds `count` rows of n floats (a multiple of 32), `stride` bytes apart, into a panel; the rest of it is zeros.
 
-    A group of zeros gives zeros; NaN or infinity anywhere makes a row's scales NaN, so that it is not lost.
+    A group of zeros gives zeros; NaN or infinity anywhere makes a row's scales NaN, so that it is not lost. The n are
+    what is not 0 of `of` values, so that a row's groups are fine or not however many zeros were left out.
     """
-    quantize_some(x, stride, count, panel, n, width, n)
-
-
-@numba.njit(error_model="numpy")
-def quantize_some(x, stride, count, panel, n, width, of):
-    """The same for the only groups with values other than 0 of rows of `of`: which are fine is as in the whole rows."""
     first = panel + fine_at(n, width)
+    if n == 0:
+        set_i64(first, 0)
+        return
     fine = first + 64
     for token in range(count):
         # Kept where the row's last number will be, which is written last.

@@ -42,19 +42,22 @@ class FloatRows:
         return self.parts * self.row_bytes
 
 
-def float_products(b, layout, neurons, x):
-    """Builds the sums by lane of each row of some neurons: [part][neuron].
+def float_products(b, layout, neuron, ahead, x):
+    """Builds the sums by lane of each row of a neuron.
 
     Args:
-        neurons: (address, distance from there to what is to be fetched).
+        neuron: its address.
+        ahead: distance from there to what is to be fetched.
         x: address of the token's floats.
     """
     load, size = LOADS[layout.kind]
-    rows = [(offset(b, neuron, part * layout.row_bytes), ahead) for part in range(layout.parts) for neuron, ahead in neurons]
-    totals = [cgutils.alloca_once_value(b, simd.floats(0)) for _ in rows]
+    rows = [offset(b, neuron, part * layout.row_bytes) for part in range(layout.parts)]
+    totals = [cgutils.alloca_once(b, simd.F.llvm) for _ in rows]
+    for total in totals:
+        b.store(simd.floats(0), total)
 
     def column(k, v):
-        for (row, ahead), total in zip(rows, totals):
+        for row, total in zip(rows, totals):
             at = b.add(row, b.mul(k, I64(16 * size)))
             simd.prefetch_l2.build(b, b.add(at, ahead))
             b.store(simd.fma.build(b, load.build(b, at), v, b.load(total)), total)
@@ -67,5 +70,4 @@ def float_products(b, layout, neurons, x):
         inside = ir.Constant(ir.VectorType(ir.IntType(1), 16), [int(lane < rest) for lane in range(16)])
         last = simd.load_f32.build(b, offset(b, x, 64 * whole))
         column(I64(whole), b.select(inside, last, simd.floats(0)))
-    sums = [b.load(total) for total in totals]
-    return [sums[i : i + len(neurons)] for i in range(0, len(sums), len(neurons))]
+    return [b.load(total) for total in totals]

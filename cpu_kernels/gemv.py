@@ -17,11 +17,11 @@ from cpu_kernels.tiles import Layout, dots, gained, starting
 
 
 @functools.cache
-def _row_tile(layout: Layout):
+def row_tile(layout: Layout):
     """Intrinsic: one tile of 16 rows times a panel of width 1 -> 16 sums."""
 
     @intrinsic
-    def row_tile(context, tile, panel, inputs):
+    def tile_product(context, tile, panel, inputs):
         def codegen(ctx, b, signature, args):
             tile, panel, inputs = args
             groups = b.lshr(inputs, I64(5))
@@ -45,7 +45,7 @@ def _row_tile(layout: Layout):
 
         return F(*[types.int64] * 3), codegen
 
-    return row_tile
+    return tile_product
 
 
 def _fine_groups(b, layout, tile, fine):
@@ -71,7 +71,7 @@ def gemv(layout: Layout) -> Kernel:
     Its arguments: out, weight, bytes of a tile, number of tiles, tiles of one piece of work, panel and bytes between
     the panels of threads, inputs, bias and residual (0 for none).
     """
-    row_tile = _row_tile(layout)
+    tile_product = row_tile(layout)
 
     @kernel(f"gemv {layout.label}")
     def gemv(arguments, tile, thread):
@@ -80,7 +80,7 @@ def gemv(layout: Layout) -> Kernel:
         )
         here = panel + thread * thread_bytes
         for row in range(tile * each, min(tile * each + each, n_tiles)):
-            y = row_tile(weight + row * tile_bytes, here, inputs)
+            y = tile_product(weight + row * tile_bytes, here, inputs)
             finish(y, out + row * 64, bias + row * 64 if bias != 0 else 0, residual + row * 64 if residual != 0 else 0)
 
     return gemv

@@ -11,38 +11,34 @@ from cpu_kernels.row_codes import FINE, SCALES, SECOND, SECOND_STARTS, SEGMENT, 
 from cpu_kernels.simd import I64, offset
 
 
-def quantized_products(b, layout, neurons, codes):
-    """Builds the sums by lane of each row of some neurons: [part][neuron].
+def quantized_products(b, layout, neuron, ahead, codes):
+    """Builds the sums by lane of each row of a neuron.
 
     Args:
-        neurons: (address, distance from there to what is to be fetched).
+        neuron: its address.
+        ahead: distance from there to what is to be fetched.
         codes: address of the token's.
     """
-    totals = [[cgutils.alloca_once_value(b, simd.floats(0)) for _ in neurons] for _ in range(layout.parts)]
+    totals = [cgutils.alloca_once(b, simd.F.llvm) for _ in range(layout.parts)]
+    for total in totals:
+        b.store(simd.floats(0), total)
     with cgutils.for_range(b, I64(layout.n_whole)) as loop:
-        step, token = b.mul(loop.index, I64(layout.whole.nbytes)), b.add(codes, b.mul(loop.index, I64(SEGMENT)))
-        _add_block(b, layout.whole, [(b.add(at, step), ahead) for at, ahead in neurons], token, totals)
+        at, token = (b.add(x, b.mul(loop.index, I64(n))) for x, n in ((neuron, layout.whole.nbytes), (codes, SEGMENT)))
+        _add_block(b, layout.whole, at, ahead, token, totals)
     for number, block in enumerate(layout.rest, layout.n_whole):
-        here = [(offset(b, at, block.at), ahead) for at, ahead in neurons]
-        _add_block(b, block, here, offset(b, codes, number * SEGMENT), totals)
-    return [[b.load(total) for total in mine] for mine in totals]
+        _add_block(b, block, offset(b, neuron, block.at), ahead, offset(b, codes, number * SEGMENT), totals)
+    return [b.load(total) for total in totals]
 
 
-def _add_block(b, block, neurons, token, totals):
-    """Adds what a block of each neuron gives to the totals [part][neuron].
-
-    Args:
-        neurons: (address of the block, distance from there to what is to be fetched).
-        token: address of the token's codes for the block.
-    """
+def _add_block(b, block, at, ahead, token, totals):
+    """Adds what the block at an address gives to the rows' totals. token: address of its codes for the block."""
     with b.if_else(b.icmp_signed("!=", simd.i32_at.build(b, offset(b, token, FINE)), I64(0))) as (fine, plain):
         for branch, planes in ((fine, 2), (plain, 1)):
             with branch:
-                for i, (at, ahead) in enumerate(neurons):
-                    for line in range(0, block.nbytes, 64):
-                        simd.prefetch_l2.build(b, b.add(offset(b, at, line), ahead))
-                    for segment in range(block.segments):
-                        _add_segment(b, block, segment, at, token, planes, [mine[i] for mine in totals])
+                for line in range(0, block.nbytes, 64):
+                    simd.prefetch_l2.build(b, b.add(offset(b, at, line), ahead))
+                for segment in range(block.segments):
+                    _add_segment(b, block, segment, at, token, planes, totals)
 
 
 def _add_segment(b, block, segment, at, token, planes, totals):

@@ -9,11 +9,11 @@ import numpy as np
 
 from cpu_kernels.codes import panel_bytes, quantize_rows
 from cpu_kernels.compile import kernel, unpack
+from cpu_kernels.exponential import exp
 from cpu_kernels.simd import (
     absolute,
     add,
     div,
-    exp,
     f32_at,
     fma,
     i32_at,
@@ -52,7 +52,7 @@ def _encode(x, stride, first, last, panels, each, thread, tile, width, last_widt
     """Rows first..last-1, the first of them at x, into their panel."""
     if panels != 0:
         panel = panels + thread * each + tile * panel_bytes(n, width)
-        quantize_rows(x, stride, last - first, panel, n, last_width if last == n_rows else width)
+        quantize_rows(x, stride, last - first, panel, n, last_width if last == n_rows else width, n)
 
 
 @kernel("quantize")
@@ -151,7 +151,7 @@ def _erf(v):
 
 @numba.njit(error_model="numpy")
 def activate(v, kind):
-    """kind: 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu."""
+    """kind: 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu, 4 the absolute value."""
     one = splat_f32(F32(1))
     half = splat_f32(F32(0.5))
     if kind == 0:
@@ -162,7 +162,9 @@ def activate(v, kind):
         return mul(mul(half, v), add(one, tanh(inner)))
     if kind == 2:
         return mul(mul(half, v), add(one, _erf(mul(v, splat_f32(F32(0.7071067812))))))
-    return maximum(v, zeros())
+    if kind == 3:
+        return maximum(v, zeros())
+    return absolute(v)
 
 
 @kernel("activation")

@@ -424,22 +424,6 @@ def keep_lanes(b, v, first, end):
     return b.select(b.and_(above, below), v, floats(-1e30))
 
 
-@op(F(F))
-def exp(b, x):
-    """e**x to about 1e-7 relative, clamped to -87..88. Source: the Cephes polynomial of degree 5."""
-    x = b.select(b.fcmp_ordered("<", x, floats(-87)), floats(-87), x)
-    x = b.select(b.fcmp_ordered(">", x, floats(88)), floats(88), x)
-    n = call(b, "llvm.nearbyint.v16f32", F.llvm, [b.fmul(x, floats(1.44269504))])
-    r = fma.build(b, n, floats(-0.693359375), x)
-    r = fma.build(b, n, floats(2.12194440e-4), r)
-    p = floats(1.9875691500e-4)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = fma.build(b, p, r, floats(c))
-    p = b.fadd(fma.build(b, p, b.fmul(r, r), r), floats(1))
-    power = b.shl(b.fptosi(n, I.llvm), ints(23))
-    return b.bitcast(b.add(b.bitcast(p, I.llvm), power), F.llvm)
-
-
 # Bytes
 
 
@@ -451,52 +435,3 @@ def low_nibbles(b, v):
 @op(B(B))
 def high_nibbles(b, v):
     return b.lshr(v, ir.Constant(B.llvm, [4] * 64))
-
-
-# Between threads
-
-
-@op(A(A, A))
-def atomic_add(b, a, x):
-    """Adds and returns the value before."""
-    return b.atomic_rmw("add", pointer(b, a, I64), x, "seq_cst")
-
-
-@op(A(A))
-def atomic_load(b, a):
-    return b.load_atomic(pointer(b, a, I64), "seq_cst", 8)
-
-
-@op(VOID(A, A))
-def atomic_store(b, a, x):
-    b.store_atomic(x, pointer(b, a, I64), "seq_cst", 8)
-
-
-@op(A(A, A, A))
-def compare_and_swap(b, a, expected, x):
-    """Stores x if the value is as expected. Returns the value before."""
-    return b.extract_value(b.cmpxchg(pointer(b, a, I64), expected, x, "seq_cst", "seq_cst"), 0)
-
-
-@op(VOID(A, A))
-def plain_store(b, a, x):
-    """A store that other threads see whole, in no particular order."""
-    b.store_atomic(x, pointer(b, a, I64), "monotonic", 8)
-
-
-@op(VOID())
-def fence(b):
-    """What was written before is seen before what is written after."""
-    b.fence("seq_cst")
-
-
-@op(VOID())
-def pause(b):
-    """Tells the core that this is a spin loop."""
-    if "sse2" in features():
-        call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
-    elif is_arm(cpu_target.target_context.codegen()):
-        # Arm's own hint, `yield`, is nothing on most cores; this barrier takes about as long as x86's pause.
-        call(b, "llvm.aarch64.isb", ir.VoidType(), [I32(15)])
-    else:
-        b.fence("seq_cst")

@@ -1,9 +1,9 @@
 """Where in a table of selected neurons its parts are: the groups of 32 that have any, and which.
 
-    int32: entries (groups with a selected neuron), selected neurons; 64 bytes in all
-    int32 [groups]: id of each entry's group, ascending
-    int32 [groups]: selected neurons of each entry, 1 to 32
-    int32 [groups][32]: each entry's selected neurons, ascending, the last repeated up to a multiple of 4
+int32: entries (groups with a selected neuron), selected neurons; 64 bytes in all
+int32 [groups]: id of each entry's group, ascending
+int32 [groups]: selected neurons of each entry, 1 to 32
+int32 [groups][32]: each entry's selected neurons, ascending, the last repeated up to a multiple of 4
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ def neurons_of(table, groups, entry):
     return table + HEADER + 8 * groups + 128 * entry
 
 
-def table_bytes(groups: int) -> int:
-    """Bytes of a table for so many groups."""
-    return HEADER + 136 * groups
+@numba.njit(error_model="numpy")
+def entry_count(table):
+    """How many entries there are."""
+    return i32_at(table)
+
+
+@numba.njit(error_model="numpy")
+def first_entry(table, piece, pieces):
+    """Where one of `pieces` equal parts of the list begins; that of the part behind the last is the end."""
+    return piece * entry_count(table) // pieces

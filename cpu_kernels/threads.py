@@ -22,22 +22,16 @@ import numba
 import numpy as np
 from llvmlite import ir
 
+from cpu_kernels.atomics import atomic_add, atomic_load, atomic_store, compare_and_swap, fence, pause, plain_store
 from cpu_kernels.compile import Kernel, call_kernel
 from cpu_kernels.simd import (
     I32,
     I64,
     VOID,
     A,
-    atomic_add,
-    atomic_load,
-    atomic_store,
     call,
-    compare_and_swap,
-    fence,
     i64_at,
     op,
-    pause,
-    plain_store,
     prefetch_l2,
     set_i64,
 )

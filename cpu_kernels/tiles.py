@@ -25,7 +25,7 @@ from cpu_kernels.integer_dots import integer_dots
 from cpu_kernels.simd import I64, offset
 
 PREFETCH = 1024
-"""Bytes ahead of their use at which weights are asked for."""
+"""Bytes ahead of their use at which weights are asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +37,20 @@ class Layout:
         group_size: inputs with a common float: 32, 64, 128, or 256 where scales are bytes under factors.
         kind: of the scales: "f32", "f16", "k32" or "k16".
         symmetric: no biases, codes relative to the middle of their range.
+        band: tiles whose groups take turns; the next tile of a band begins `group_bytes` on.
     """
 
     bits: int
     group_size: int
     kind: str
     symmetric: bool
+    band: int = 1
 
     @property
     def label(self) -> str:
         """A name for kernels and cache files."""
-        return f"{self.bits}-bit {self.kind}/{self.group_size}{' symmetric' if self.symmetric else ''}"
+        name = f"{self.bits}-bit {self.kind}/{self.group_size}{' symmetric' if self.symmetric else ''}"
+        return name if self.band == 1 else f"{name} bands of {self.band}"
 
     @property
     def scale_bytes(self) -> int:
@@ -76,7 +79,7 @@ class Layout:
     def group(self, b: Any, tile: Any, index: Any) -> tuple[Any, list[Any], Any]:
         """Address of the codes of the 32 inputs from 32 * index on, their scales by part, and their bias or None."""
         subgroups = self.group_size // 32
-        base = b.add(tile, b.mul(b.lshr(index, I64(subgroups.bit_length() - 1)), I64(self.group_bytes)))
+        base = b.add(tile, b.mul(b.lshr(index, I64(subgroups.bit_length() - 1)), I64(self.band * self.group_bytes)))
         inner = b.and_(index, I64(subgroups - 1))
         if self.kind in ("f16", "f32"):
             return self._float_scales(b, base, inner)
@@ -94,11 +97,12 @@ class Layout:
         bias = None if self.symmetric else load.build(b, offset(b, numbers, 16 * self.scale_bytes))
         return b.add(base, b.mul(inner, I64(64 * self.bits))), [load.build(b, numbers)], bias
 
-    def codes(self, b: Any, address: Any) -> list[Any]:
-        """The 8 code vectors of 32 inputs, in the order of their quads."""
+    def codes(self, b: Any, address: Any, ahead: int = PREFETCH) -> list[Any]:
+        """The 8 code vectors of 32 inputs, in the order of their quads. ahead: fetches what is so far on, if not 0."""
         loaded = []
         for j in range(self.bits):
-            simd.prefetch.build(b, offset(b, address, PREFETCH + 64 * j))
+            if ahead:
+                simd.prefetch.build(b, offset(b, address, ahead + 64 * j))
             loaded.append(simd.load_bytes.build(b, offset(b, address, 64 * j)))
         if self.bits == 8:
             return loaded

@@ -15,13 +15,12 @@ import functools
 import numba
 import numpy as np
 
+from cpu_kernels.atomics import atomic_add, atomic_store
 from cpu_kernels.attention import consecutive
 from cpu_kernels.attention_chunk import CHUNK, SCORE_STRIDE, block_tokens, padded_dim, query_stride, visible
 from cpu_kernels.compile import Kernel, kernel, unpack
 from cpu_kernels.selected_heads import clear
 from cpu_kernels.simd import (
-    atomic_add,
-    atomic_store,
     f32_at,
     i32_at,
     load_f32,

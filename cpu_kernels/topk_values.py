@@ -15,6 +15,7 @@ from llvmlite import ir
 from cpu_kernels import attention_rows, simd
 from cpu_kernels.attention_chunk import CHUNK, PAGE, SCORE_STRIDE, padded_dim, query_stride, visible
 from cpu_kernels.compile import named
+from cpu_kernels.exponential import exp
 from cpu_kernels.simd import (
     A,
     F,
@@ -22,7 +23,6 @@ from cpu_kernels.simd import (
     absolute,
     add,
     div,
-    exp,
     f32_at,
     fma,
     i32_at,

@@ -75,13 +75,13 @@ def load(
         OndeviceError: no such model, a damaged file, or an architecture that is not supported.
         OptionError: tau for a model that has none, or dense for one that has no dense form.
     """
-    table = _table(backend, threads, progress and _compiling(progress))
+    table = op_table(backend, threads, progress and compiling_progress(progress))
     path = find(str(name), progress)
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.tokenizer()
         with table.keeping(checkpoint, progress) if tile_cache else nullcontext():
             decoder = Decoder(checkpoint, table, progress, SparsitySettings(tau, strict, dense))
-    table.prepare(decoder.spec, progress and _compiling(progress))
+    table.prepare(decoder.spec, progress and compiling_progress(progress))
     return Model(str(name), path, decoder, tokenizer)
 
 
@@ -95,13 +95,21 @@ def find(name: str, progress: Progress | None = None) -> Path:
         return store.pull(name, progress)
 
 
-def _compiling(progress: Progress) -> Progress:
-    """Says what the names of kernels alone would not."""
+def compiling_progress(progress: Progress) -> Progress:
+    """A progress for compiling: it says what the names of kernels alone would not."""
     return lambda done, total, label: progress(done, total, label and f"compiling {label}")
 
 
-def _table(backend: str, threads: int | None, progress: Progress | None) -> Ops:
-    """The op table of a backend: the one place where a platform is chosen. `progress` hears of what is compiled."""
+def op_table(backend: str, threads: int | None, progress: Progress | None) -> Ops:
+    """The op table of a backend: the one place where a platform is chosen.
+
+    Args:
+        backend, threads: as of `load`.
+        progress: hears of what is compiled.
+
+    Raises:
+        OptionError: no such backend, or an impossible number of threads.
+    """
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; it must be at least 1")
     if backend in ("auto", "cpu"):

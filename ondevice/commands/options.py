@@ -32,16 +32,20 @@ def model_argument(f: F) -> F:
     return click.argument("model", default=DEFAULT_MODEL, envvar="ONDEVICE_MODEL")(f)
 
 
-def engine_options(f: F) -> F:
-    """--backend and --threads, with twins ONDEVICE_BACKEND and ONDEVICE_THREADS for all commands."""
-    backend = click.option(
+def backend_option(f: F) -> F:
+    """--backend, with the twin ONDEVICE_BACKEND for all commands."""
+    return click.option(
         "--backend",
         type=click.Choice(BACKENDS),
         default="auto",
         show_default=True,
         envvar="ONDEVICE_BACKEND",
         help="What computes; reference is float64 and slow.",
-    )
+    )(f)
+
+
+def engine_options(f: F) -> F:
+    """--backend and --threads, with the twins ONDEVICE_BACKEND and ONDEVICE_THREADS for all commands."""
     threads = click.option(
         "-t",
         "--threads",
@@ -49,7 +53,7 @@ def engine_options(f: F) -> F:
         envvar="ONDEVICE_THREADS",
         help="Threads of the CPU backend.  [default: one per usable core]",
     )
-    return backend(threads(f))
+    return backend_option(threads(f))
 
 
 def tile_cache_option(f: F) -> F:

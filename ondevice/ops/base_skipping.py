@@ -149,6 +149,15 @@ class SkippingOps:
         """
         self._lacks("forced")
 
+    def random_selection(self, x: Array, units: int, density: float) -> Selection:
+        """Random units of each token of x [N, ...], drawn anew at each call, for measurements without a selector.
+
+        Args:
+            units: to choose from.
+            density: part of them that each token keeps, from 0 to 1; rounded to whole units.
+        """
+        self._lacks("random_selection")
+
     def join(self, parts: Sequence[Array]) -> Array:
         """Arrays [N, ...] side by side."""
         self._lacks("join")

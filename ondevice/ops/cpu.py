@@ -19,12 +19,14 @@ from ondevice.checkpoint import tile_files
 from ondevice.checkpoint.quantization import Tensor, dequantize
 from ondevice.machine import default_threads
 from ondevice.ops.base import Body, Handle, Ops, Step
-from ondevice.ops.cpu_attention import Pages, record_append, record_attention
+from ondevice.ops.cpu_activations import ACTIVATIONS
+from ondevice.ops.cpu_attention import Pages, PartedPages, record_append, record_attention
 from ondevice.ops.cpu_memory import WeightMemory
 from ondevice.ops.cpu_products import product_kernels, record_linear
 from ondevice.ops.cpu_profile import PartTime, add_times
 from ondevice.ops.cpu_program import Program
 from ondevice.ops.cpu_recording import Buffer, Recording
+from ondevice.ops.cpu_skipping import CpuSkipping
 from ondevice.ops.cpu_tile_cache import TileCache
 from ondevice.ops.cpu_weights import FLOAT_CODES, Format, Tiles, pack_rows
 from ondevice.sparsity.selection import HeadSelection
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from ondevice.generation.kv_cache import KVCache
     from ondevice.spec import ModelSpec
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 KEPT_PROGRAMS = 4
 """Programs kept per cache: the decode step of the last batch sizes and the prompt chunks of the last lengths."""
 
@@ -47,7 +48,7 @@ class _Norm:
     eps: float
 
 
-class CpuOps(Ops):
+class CpuOps(CpuSkipping, Ops):
     """Numba kernels on a pool of threads. Activations are float32, keys and values float16.
 
     Args:
@@ -57,6 +58,7 @@ class CpuOps(Ops):
     name = "cpu"
 
     def __init__(self, threads: int | None = None) -> None:
+        super().__init__()
         self.threads = threads or default_threads()
         self.pool = shared_pool(self.threads)
         self._memory = WeightMemory()
@@ -131,7 +133,9 @@ class CpuOps(Ops):
 
     # Cache and steps
 
-    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Pages:
+    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Pages | PartedPages:
+        if spec.rope_parts > 1:
+            return PartedPages.new(spec, pages, page, spec.head_dim // spec.rope_parts)
         return Pages.new(spec, pages, page)
 
     def run(self, step: Step, cache: KVCache, body: Body, name: str = "logits") -> NDArray[np.float32]:

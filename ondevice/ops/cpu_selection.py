@@ -197,6 +197,11 @@ def forced(selection: Selection, kept: int, seed: int) -> Selection:
     return selection
 
 
+def record_random(recording: Recording, units: int, rows: int, kept: int, seed: int) -> Selection:
+    """A random mask of `kept` units a row, a new one at each step."""
+    return forced(_selection(recording, units, rows, chosen.chosen, (), ()), kept, seed)
+
+
 def expanded(selection: Selection, block: int, neurons: int) -> Selection:
     """The selection with each unit standing for `block` neurons (the last one for what remains)."""
     return replace(selection, block=block, neurons=neurons)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpu_kernels import rows
 from cpu_kernels.compile import Kernel
 from cpu_kernels.threads import ThreadPool
 from ondevice.checkpoint.quantization import Quantized, Tensor
@@ -84,6 +86,7 @@ class CpuSkipping(SkippingOps):
 
     def __init__(self) -> None:
         self._counted: list[_Counted] = []
+        self._seeds = itertools.count()
 
     def counts(self) -> dict[str, Tally]:
         tallies = {kind: Tally() for kind in ("ffn", "inputs")}
@@ -121,10 +124,10 @@ class CpuSkipping(SkippingOps):
             weights = pack_tiles(self.pool, self._memory, gate, up, down, biases, valued)
             kernels, nbytes = tiles_kernels(weights), weights.up.data.nbytes + weights.down.data.nbytes
         else:
-            rows = pack_neuron_rows(self.pool, self._memory, gate, up, gate_bias, up_bias)
+            first = pack_neuron_rows(self.pool, self._memory, gate, up, gate_bias, up_bias)
             inputs = pack_input_major(self.pool, self._memory, down, down_bias)
-            weights = _ByNeuron(rows, inputs, valued)
-            kernels, nbytes = (*row_kernels(rows), *input_kernels([inputs])), rows.data.nbytes + inputs.data.nbytes
+            weights = _ByNeuron(first, inputs, valued)
+            kernels, nbytes = (*row_kernels(first), *input_kernels([inputs])), first.data.nbytes + inputs.data.nbytes
         self._kernels.update(dict.fromkeys((*kernels, *cpu_selection.KERNELS)))
         return Ffn(weights, up.shape[0], self._count("ffn", up.shape[0], nbytes))
 
@@ -164,8 +167,13 @@ class CpuSkipping(SkippingOps):
 
     def forced(self, selection: Any, density: float) -> Any:
         made = selection.index if isinstance(selection, HeadSelection) else selection.mask
-        cpu_selection.forced(made, round(density * made.units))
+        cpu_selection.forced(made, round(density * made.units), next(self._seeds))
         return selection
+
+    def random_selection(self, x: Buffer, units: int, density: float) -> Selection:
+        return self._selection(
+            cpu_selection.record_random(self._now, units, x.rows, round(density * units), next(self._seeds))
+        )
 
     def _head_mask(self, heads: HeadSelection) -> HeadMask:
         made: cpu_selection.Selection = heads.index
@@ -174,7 +182,15 @@ class CpuSkipping(SkippingOps):
     # Products
 
     def join(self, parts: Sequence[Buffer]) -> Buffer:
-        return self._now.joined(parts)
+        starts = np.cumsum([0] + [part.width for part in parts]).tolist()
+        span = max(start + -(-part.width // 16) * 16 for start, part in zip(starts, parts))
+        out = self._now.new(parts[0].rows, starts[-1], span=span)
+        everyone = np.arange(out.rows, dtype=np.int32)
+        for start, part in zip(starts, parts):
+            source = self._now.floats(part)
+            place = (out.address + 4 * start, out.stride_bytes, source.address, source.stride_bytes)
+            self._now.program.add(rows.take, out.rows, (*place, everyone, part.width))
+        return out
 
     def sparse_ffn(
         self, x: Buffer, ffn: Ffn, selection: Selection | None, activation: str, residual: Buffer | None = None

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from cpu_kernels import codes, pack_neurons
 from cpu_kernels.compile import Kernel
+from cpu_kernels.float_rows import FloatRows
 from cpu_kernels.row_codes import row_codes, row_codes_bytes
 from cpu_kernels.row_layout import RowLayout
-from cpu_kernels.float_rows import FloatRows
-from cpu_kernels.sparse_rows import sparse_rows
+from cpu_kernels.sparse_rows import most_neurons, scratch_bytes, sparse_rows
 from cpu_kernels.threads import ThreadPool
 from cpu_kernels.tiles import Layout
 from ondevice.checkpoint.quantization import Quantized, Tensor, dequantize
@@ -23,8 +23,6 @@ from ondevice.ops.cpu_program import Program
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_weights import FLOAT_KINDS
 
-SUMS_BYTES = 256
-"""Memory of a thread for the sums of gate and up of 32 neurons."""
 PIECES = 8
 """Pieces of work for each thread."""
 
@@ -109,9 +107,7 @@ def row_layout_of(tensors: list[Quantized]) -> RowLayout:
     return RowLayout(layout, tensors[0].shape[1], len(tensors))
 
 
-def _write_quantized(
-    pool: ThreadPool, layout: RowLayout, tensors: list[Quantized], data: NDArray[np.uint8]
-) -> None:
+def _write_quantized(pool: ThreadPool, layout: RowLayout, tensors: list[Quantized], data: NDArray[np.uint8]) -> None:
     program, tiles = Program(), layout.tiles
     data[:] = 0
     scale_type: Any = np.float16 if tiles.kind == "f16" else np.float32
@@ -174,11 +170,13 @@ def record_rows(
     pieces = min(rows.groups, PIECES * recording.threads)
     extra = [0 if a is None else a for a in (rows.gate_bias, rows.up_bias)]
     given = recording.floats(values).address if values else 0
-    scratch = recording.scratch("rows of neurons", SUMS_BYTES)
-    arguments = (out.address, table, rows.groups, rows.data, source, each, pieces, *extra, given, activation, scratch)
+    entries = -(-rows.groups // pieces)
+    room, scratch_each = most_neurons(rows.layout, entries), scratch_bytes(rows.layout, entries)
+    scratch = (recording.scratch("rows of neurons", scratch_each), scratch_each, room)
+    arguments = (out.address, table, rows.groups, rows.data, source, each, pieces, *extra, given, activation, *scratch)
     work = rows.layout.inputs * rows.neurons * rows.layout.parts
     kernel = sparse_rows(rows.layout)
-    recording.program.add(kernel, pieces, (*arguments, SUMS_BYTES), first=first, work=work)
+    recording.program.add(kernel, pieces, arguments, first=first, work=work)
     return out
 
 

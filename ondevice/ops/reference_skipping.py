@@ -130,6 +130,9 @@ class ReferenceSkipping(Ops):
         order = self._random.random(selection.mask.shape).argsort(axis=1)
         return replace(selection, mask=order < round(density * selection.units))
 
+    def random_selection(self, x: Any, units: int, density: float) -> Selection:
+        return self.forced(Selection(np.zeros((len(x), units), bool), units, False), density)
+
     # Linears
 
     def join(self, parts: Sequence[Any]) -> Any:

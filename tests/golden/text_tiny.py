@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from ondevice.errors import CheckpointError
+from ondevice.text.tokenizer import Tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -93,3 +97,10 @@ def write_folder(folder: Path, backend: tokenizers.Tokenizer, **files: Any) -> P
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     return folder
+
+
+def must_name_damage(folder: Path, name: str, text: str, word: str) -> None:
+    """A tokenizer's folder is refused in words that match, once one of its files has this text."""
+    (folder / name).write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=word):
+        Tokenizer.from_folder(folder)

@@ -32,6 +32,8 @@ SCORES: dict[str, Callable[[np.random.RandomState, tuple[int, int]], Rows]] = {
     "all negative": lambda r, s: -np.abs(_normal(r, s)) - 1,
     "mostly zero": lambda r, s: np.maximum(_normal(r, s) - 1, 0),
     "zeros and tiny": lambda r, s: (r.randint(-2, 3, s) * 1e-45).astype(np.float32),
+    "neighbouring floats": lambda r, s: (-1 - r.randint(0, 4, s) * 2.0**-23).astype(np.float32),
+    "neighbours of zero": lambda r, s: np.where(r.rand(*s) < 0.03, -1e-45, 0.0).astype(np.float32),
     "minus infinity": lambda r, s: _with(_normal(r, s), -np.inf, 3),
     "infinity": lambda r, s: _with(_normal(r, s), np.inf, 5),
     "one huge": lambda r, s: _with(_normal(r, s), 3e38, 100_000),

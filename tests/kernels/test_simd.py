@@ -12,11 +12,11 @@ import pytest
 
 from cpu_kernels import simd
 from cpu_kernels.compile import Kernel, kernel, unpack
+from cpu_kernels.exponential import exp
 from cpu_kernels.integer_dots import instruction_set, integer_dots
 from cpu_kernels.simd import (
     VOID,
     A,
-    exp,
     largest,
     load_f16,
     load_f32,

@@ -12,8 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from cpu_kernels.atomics import atomic_add
 from cpu_kernels.compile import kernel, unpack
-from cpu_kernels.simd import atomic_add, i64_at, set_i64
+from cpu_kernels.simd import i64_at, set_i64
 from cpu_kernels.threads import FIELDS, ThreadPool, shared_pool
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cpu_kernels.compile import kernel, unpack
+from cpu_kernels.simd import load_f32, store_f32
 from cpu_kernels.topk_scores import quantiles
+from cpu_kernels.topk_values import softplus
 from ondevice.generation.kv_cache import KVCache
 from ondevice.ops.base import Step
 from ondevice.ops.cpu import CpuOps
@@ -17,6 +21,13 @@ from tests.kernels.cases_attention import TOPK, TopkCase
 from tests.kernels.paged import Attend, Paged
 
 CPU = CpuOps(2)
+
+
+@kernel("softplus")
+def softplus_of_each(arguments, tile, thread):  # type: ignore[no-untyped-def]
+    x, n = unpack(arguments, "ii")
+    for i in range(0, n, 16):
+        store_f32(x + 4 * i, softplus(load_f32(x + 4 * i)))
 
 
 def attend(case: TopkCase) -> Attend:
@@ -80,6 +91,18 @@ def test_nan_is_not_lost(part: str) -> None:
     spoiled = TopkCase((4, 2, 64), (200,), first_dims=32, k=10)
     if part == "firsts":
         assert np.isnan(paged.run(attend(spoiled))[0, 2:]).all()
+
+
+def test_softplus() -> None:
+    x = np.concatenate([np.linspace(-80, 80, 20_000), np.linspace(-3, 3, 20_000)]).astype(np.float32)
+    ends = np.array([0, -0.0, 1e-30, 1e-3, -1e-3, 1e4, -1e4, np.nan, np.inf] + [0] * 7, np.float32)
+    got = np.concatenate([x, ends])
+    words = np.array([got.ctypes.data, len(got)], np.int64)
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(softplus_of_each.address)(words.ctypes.data, 0, 0)
+    assert np.abs(got[: len(x)] / np.logaddexp(x.astype(np.float64), 0) - 1).max() < 4e-7
+    with np.errstate(invalid="ignore"):
+        expected = np.logaddexp(ends.astype(np.float64), 0)
+    assert np.allclose(got[len(x) :], expected, rtol=4e-7, atol=1e-30, equal_nan=True)
 
 
 def test_quantiles() -> None:

@@ -11,7 +11,16 @@ from tokenizers import AddedToken, processors
 
 from ondevice.errors import CheckpointError, OptionError, TemplateError
 from ondevice.text.tokenizer import Tokenizer
-from tests.golden.text_tiny import BARE, CHATML, TEXTS, byte_fallback, byte_level, metaspace, write_folder
+from tests.golden.text_tiny import (
+    BARE,
+    CHATML,
+    TEXTS,
+    byte_fallback,
+    byte_level,
+    metaspace,
+    must_name_damage,
+    write_folder,
+)
 from tests.unit.test_text_gguf import tiny_metadata
 
 
@@ -306,10 +315,7 @@ def test_save_and_load(kind: Any, tmp_path: Path) -> None:
     ],
 )
 def test_damaged_files_are_named(name: str, text: str, word: str, tmp_path: Path) -> None:
-    write_folder(tmp_path, byte_level())
-    (tmp_path / name).write_text(text, encoding="latin-1")
-    with pytest.raises(CheckpointError, match=word):
-        Tokenizer.from_folder(tmp_path)
+    must_name_damage(write_folder(tmp_path, byte_level()), name, text, word)
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from ondevice.commands.options import backend_option
 from ondevice.commands.progress import reporting
-from ondevice.defaults import BACKENDS, DEFAULT_MODEL
+from ondevice.defaults import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from ondevice_bench.cases import Case
@@ -75,14 +76,7 @@ def _numbers(*names: str, default: int | None, low: int, help: str, **extra: Any
     envvar="ONDEVICE_THREADS",
     help="Threads of the CPU backend.  [default: one per usable core]",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(BACKENDS),
-    default="auto",
-    show_default=True,
-    envvar="ONDEVICE_BACKEND",
-    help="What computes; reference is float64 and slow.",
-)
+@backend_option
 @click.option("--profile", is_flag=True, help="Say where the time of a decode step goes, part by part.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json"]), help="Format.  [default: md]")
 @click.option("--json", "as_json", is_flag=True, help="The same as -o json.")

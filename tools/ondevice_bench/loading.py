@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ondevice.checkpoint import open_checkpoint
 from ondevice.decoder import Decoder
-from ondevice.model import _compiling, _table, find
+from ondevice.model import compiling_progress, find, op_table
 from ondevice_bench.cases import Case, check
 from ondevice_bench.parts import profile_table
 from ondevice_bench.random_weights import FLOAT_BITS, RandomWeights
@@ -64,7 +64,7 @@ def load_decoder(
     Raises:
         OptionError: an impossible case, shape or format, or no profile.
     """
-    ops = _table(backend, threads, progress and _compiling(progress))
+    ops = op_table(backend, threads, progress and compiling_progress(progress))
     if profile:
         profile_table(ops)
     with _open(source, progress) as checkpoint:
@@ -73,7 +73,7 @@ def load_decoder(
         weights = cast("Checkpoint", checkpoint)
         with ops.keeping(weights, progress):
             decoder = Decoder(weights, ops, progress)
-    ops.prepare(decoder.spec, progress and _compiling(progress))
+    ops.prepare(decoder.spec, progress and compiling_progress(progress))
     return decoder
 
 

@@ -85,7 +85,9 @@ class Sparsity:
         except ValueError:
             value = 0.0
         if not 0 < value <= high:
-            raise OptionError(f"--sparsity {self.text}: {key} is {text!r}; it must be a number above 0, at most {high:g}")
+            raise OptionError(
+                f"--sparsity {self.text}: {key} is {text!r}; it must be a number above 0, at most {high:g}"
+            )
         return value
 
     def whole(self, key: str, high: int = 1 << 20) -> int:
@@ -121,7 +123,9 @@ class Sparsity:
     def _block(self, spec: ModelSpec) -> int:
         block = self.whole("block")
         if spec.d_ff % block:
-            raise OptionError(f"--sparsity {self.text}: blocks of {block} do not divide the {spec.d_ff} neurons of a layer")
+            raise OptionError(
+                f"--sparsity {self.text}: blocks of {block} do not divide the {spec.d_ff} neurons of a layer"
+            )
         return block
 
     def _spark(self, spec: ModelSpec) -> Method:
