@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -49,6 +50,25 @@ def test_polar_union(batch: int) -> None:
     heads = x @ w["head_router.weight"].T + w["head_router.bias"]
     for token in range(batch):
         assert set(early.heads.index[token]) == set(np.argsort(heads[token])[-2:])
+
+
+def test_routers_read_what_the_attention_reads() -> None:
+    decoder = decoder_of("polar")
+    layer, seen = decoder.layers[1], []
+
+    def router(x: Any, batch: int) -> Any:
+        seen.append((x, batch))
+        return layer.router(x, batch)
+
+    def qkv(x: Any) -> Any:
+        seen.append(x)
+        return layer.qkv(x)
+
+    decoder.layers[1] = dataclasses.replace(layer, router=router, qkv=qkv)
+    batch_logits(decoder, (1, 2, 3), steps=1)
+    prompts, ((x, batch), normed) = seen[:-2], seen[-2:]
+    assert batch == 3 and np.array_equal(x, normed) and x.shape == (3, 64)
+    assert [entry[1] for entry in prompts[::2]] == [0, 0, 0]
 
 
 def test_polar_groups_take_the_largest_of_their_heads() -> None:
