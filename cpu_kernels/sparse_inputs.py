@@ -7,7 +7,7 @@ import functools
 import numba
 import numpy as np
 
-from cpu_kernels.atomics import atomic_add, atomic_store
+from cpu_kernels.atomics import atomic_add
 from cpu_kernels.codes import FINE_GROUP, PLANE, SCALE, SUM, fine_at
 from cpu_kernels.compile import Kernel, kernel, named, unpack
 from cpu_kernels.finish import finish
@@ -182,7 +182,7 @@ def sparse_input_gemv(layout: InputLayout) -> Kernel:
 
     Its arguments: out, rows of it in vectors, weight, its `Places`, wide segments of a column, table, groups of all
     inputs, x (a panel of codes, or compact floats) and bytes between those of threads, bytes of the sums of a part and
-    memory for them, counters (a cache line for each column, zeros before and after), bias and residual (0 for none).
+    memory for them, counters (a cache line for each column, at first zeros), bias and residual (0 for none).
     """
     part = _quantized_part(layout) if layout.bits else _float_part(layout)
     wide_outputs, narrow_outputs = layout.outputs(True), layout.outputs(False)
@@ -203,9 +203,8 @@ def sparse_input_gemv(layout: InputLayout) -> Kernel:
                 store_f32(sums + i, zeros())
             places = wide, narrow, biases, rows, narrow_rows, group_bytes
             part(sums, weight, places, (first, last, tail), table, groups, x + thread * x_each, begin, end)
-        if atomic_add(counters + 64 * which, 1) < PARTS - 1:
+        if atomic_add(counters + 64 * which, 1) % PARTS < PARTS - 1:
             return
-        atomic_store(counters + 64 * which, 0)
         start = 4 * first * wide_outputs
         for i in range(0, min(nbytes, 64 * vectors - start), 64):
             y, at = _joined(parts + which * PARTS * part_bytes + i, part_bytes, n), start + i
