@@ -26,7 +26,7 @@ def block_tokens() -> int:
 
 
 @functools.cache
-def _product(tokens: int, kind: str):
+def float_product(tokens: int, kind: str):
     """Intrinsic: a tile times `tokens` rows of floats; stores 16 sums for each."""
     load_weight, size = LOADS[kind]
 
@@ -75,7 +75,7 @@ def float_linear(kind: str) -> Kernel:
     residual (0 for none) and its stride, scratch memory and bytes of it for each thread.
     """
     block = block_tokens()
-    one, many = _product(1, kind), _product(block, kind)
+    one, many = float_product(1, kind), float_product(block, kind)
 
     @kernel(f"linear {kind}")
     def linear(arguments, tile, thread):

@@ -154,7 +154,7 @@ def integer_dots(b, acc, us, ss, bits):
         acc: i32x16.
         us: vectors i8x64 of codes of 0 to 2**bits - 1.
         ss: as many vectors i8x64 of any signed bytes.
-        bits: 4, 5, 6 or 8.
+        bits: 2, 4, 5, 6 or 8.
     """
     known = instruction_set()
     if known == "avx2" and bits <= 6:

@@ -51,6 +51,9 @@ def _write_codes(at, source, row_bytes, valid, bits, start):
         for k in range(32 if lane < valid else 0):
             code = _code(row, bits, start + k)
             quad, byte = k // 4, lane * 4 + k % 4
+            if bits == 2:
+                _or_u8(at + quad // 4 * 64 + byte, code << quad % 4 * 2)
+                continue
             _or_u8(at + quad % 4 * 64 + byte, (code & 15) << (quad // 4 * 4))
             if bits == 5:
                 _or_u8(at + 256 + byte, code >> 4 << quad)
@@ -69,6 +72,8 @@ def _read_code(at, lane, bits, k):
     quad, byte = k // 4, lane * 4 + k % 4
     if bits == 8:
         return u8_at(at + quad * 64 + byte)
+    if bits == 2:
+        return u8_at(at + quad // 4 * 64 + byte) >> quad % 4 * 2 & 3
     code = u8_at(at + quad % 4 * 64 + byte) >> (quad // 4 * 4) & 15
     if bits == 5:
         code |= (u8_at(at + 256 + byte) >> quad & 1) << 4

@@ -6,6 +6,7 @@ A lane of a vector is a row, so sums never cross lanes. Codes of 32 inputs are v
     4 bits: 4 vectors; byte i of vector j is input 4j+i in its low half, input 16+4j+i in its high half
     5 bits: those of 4 bits, then 1 vector; bit j of its byte i is the fifth of input 4j+i
     6 bits: those of 4 bits, then 2 vectors, of inputs 0-15 and 16-31; bits 2j, 2j+1 of byte i belong to input 4j+i
+    2 bits: the last 2 vectors of 6 bits
 
 A tile is a run of groups. Where scales are floats ("f16", "f32"), a group holds the codes of its inputs, then 16
 scales, then 16 biases (none if symmetric). Where scales are bytes under a float16 factor, a group is 256 inputs and
@@ -33,8 +34,8 @@ class Layout:
     """How the tiles of a quantized matrix are written.
 
     Args:
-        bits: 4, 5, 6 or 8.
-        group_size: inputs with a common float: 32, 64, 128, or 256 where scales are bytes under factors.
+        bits: 2, 4, 5, 6 or 8.
+        group_size: inputs with a common float: a power of two from 32 on, 256 where scales are bytes under factors.
         kind: of the scales: "f32", "f16", "k32" or "k16".
         symmetric: no biases, codes relative to the middle of their range.
         band: tiles whose groups take turns; the next tile of a band begins `group_bytes` on.
@@ -106,6 +107,8 @@ class Layout:
             loaded.append(simd.load_bytes.build(b, offset(b, address, 64 * j)))
         if self.bits == 8:
             return loaded
+        if self.bits == 2:
+            return [_pair(b, loaded[j // 4], j % 4 * 2) for j in range(8)]
         nibbles, high = loaded[:4], loaded[4:]
         codes = [simd.low_nibbles.build(b, v) for v in nibbles] + [simd.high_nibbles.build(b, v) for v in nibbles]
         if self.bits == 5:
@@ -113,6 +116,12 @@ class Layout:
         if self.bits == 6:
             return [b.or_(code, _moved(b, high[j // 4], j % 4 * 2, 48)) for j, code in enumerate(codes)]
         return codes
+
+
+def _pair(b: Any, v: Any, position: int) -> Any:
+    """The two bits of each byte from `position` on."""
+    shifted = b.lshr(v, ir.Constant(simd.B.llvm, [position] * 64))
+    return b.and_(shifted, ir.Constant(simd.B.llvm, [3] * 64))
 
 
 def _moved(b: Any, v: Any, position: int, mask: int) -> Any:

@@ -52,6 +52,7 @@ class Decoder:
     layers: list[Layer]
     final_norm: Handle
     head: Handle
+    sketch: Handle | None = None
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """An empty cache for `slots` sequences of at most `capacity` tokens."""
@@ -84,12 +85,13 @@ class Decoder:
             slots = np.full(n, slot, np.int32)
             yield self._step(Step(chunk, positions, slots, outputs.astype(np.int32)), cache)
 
-    def decode(self, tokens: Sequence[int], cache: KVCache, slots: Sequence[int]) -> NDArray[np.float32]:
+    def decode(self, tokens: Sequence[int], cache: KVCache, slots: Sequence[int], top: int = 0) -> NDArray[np.float32]:
         """One more token for each of several slots.
 
         Args:
             tokens: [B] ids.
             slots: [B], different from each other.
+            top: how many of the largest logits must be exact, where the head has a sketch; 0 for all.
 
         Returns:
             float32 [B, vocab].
@@ -99,31 +101,44 @@ class Decoder:
         index = np.asarray(slots, np.int32)
         everyone = np.arange(len(index), dtype=np.int32)
         step = Step(np.asarray(tokens, np.int32), cache.lengths[index], index, everyone)
-        return self._step(step, cache, 0 if self._prompts_alike else len(index))
+        return self._step(step, cache, 0 if self._prompts_alike else len(index), 0 if self.sketch is None else top)
 
-    def _step(self, step: Step, cache: KVCache, batch: int = 0) -> NDArray[np.float32]:
+    def states(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """What the head reads of each token of a new sequence: float32 [N, d]."""
+        cache = self.new_cache(1, len(tokens))
+        cache.reserve(0, len(tokens))
+        index = np.arange(len(tokens), dtype=np.int32)
+        step = Step(np.asarray(tokens, np.int32), index, np.zeros_like(index), index)
+        return self.ops.run(step, cache, lambda s: self._state(s, cache, 0), "states")
+
+    def _step(self, step: Step, cache: KVCache, batch: int = 0, top: int = 0) -> NDArray[np.float32]:
         """Runs a step and takes its tokens into the cache.
 
         Args:
             batch: sequences of a decode step, if such steps run otherwise than prompts; else 0.
+            top: as of `decode`.
         """
         if not self.spec.vocab_size > int(step.tokens.max()) >= 0 <= int(step.tokens.min()):
             raise ValueError(f"token ids must lie in 0..{self.spec.vocab_size - 1}")
-        name = "decode" if batch else "logits"
-        logits = self.ops.run(step, cache, lambda s: self._forward(s, cache, batch), name)
+        name = f"{'decode' if batch else 'logits'} {top}"
+        logits = self.ops.run(step, cache, lambda s: self._forward(s, cache, batch, top), name)
         # A sum is quicker than a look at each, and can overflow where all is well.
         if not np.isfinite(logits.sum()) and not np.isfinite(logits).all():
             self._name_bad_layer(step, cache, batch)
         np.maximum.at(cache.lengths, step.slots, step.positions + 1)
         return logits
 
-    def _forward(self, step: Step, cache: KVCache, batch: int) -> Array:
+    def _forward(self, step: Step, cache: KVCache, batch: int, top: int) -> Array:
         ops, spec = self.ops, self.spec
-        hidden = self._hidden(step, cache, spec.n_layers, batch)
-        ops.part("head")
-        x = ops.norm(ops.take(hidden, step.outputs), self.final_norm)
-        logits = ops.linear(x, self.head)
+        x = self._state(step, cache, batch)
+        logits = ops.head(x, self.head, self.sketch, top) if top else ops.linear(x, self.head)
         return ops.softcap(logits, spec.logit_softcap) if spec.logit_softcap else logits
+
+    def _state(self, step: Step, cache: KVCache, batch: int) -> Array:
+        """What the head reads, [M, d]."""
+        hidden = self._hidden(step, cache, self.spec.n_layers, batch)
+        self.ops.part("head")
+        return self.ops.norm(self.ops.take(hidden, step.outputs), self.final_norm)
 
     def _hidden(self, step: Step, cache: KVCache, n_layers: int, batch: int) -> Array:
         """The residual stream [N, d] after the first `n_layers` layers."""

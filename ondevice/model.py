@@ -16,6 +16,7 @@ from ondevice.generation.batch import Piece, Row, Stats, generate
 from ondevice.generation.sampling import SamplingParams, TokenLogprob
 from ondevice.generation.session import Session
 from ondevice.ops.base import Ops
+from ondevice.sparsity.head_sketch import add_sketch
 from ondevice.sparsity.settings import SparsitySettings
 
 Progress = Callable[[int, int, str], None]
@@ -53,6 +54,7 @@ def load(
     tau: float | None = None,
     strict: bool = False,
     dense: bool = False,
+    sketch_head: bool = False,
     tile_cache: bool = True,
     progress: Progress | None = None,
 ) -> Model:
@@ -67,6 +69,8 @@ def load(
             on, so 0 runs all.
         strict: raise where skipping work falls back to the dense path, instead of saying so once.
         dense: skip no work.
+        sketch_head: score all words of the vocabulary by a sketch, and compute the logits of those that matter. Costs
+            memory, and time at the first load; requests for log-probabilities or penalties go without it.
         tile_cache: whether a backend may keep packed weights in the user's cache folder, and take them from there;
             ONDEVICE_NO_TILE_CACHE=1 in the environment forbids it too.
         progress: called with (done, of how many, what) while files are fetched, packed and compiled.
@@ -81,6 +85,8 @@ def load(
         tokenizer = checkpoint.tokenizer()
         with table.keeping(checkpoint, progress) if tile_cache else nullcontext():
             decoder = Decoder(checkpoint, table, progress, SparsitySettings(tau, strict, dense))
+            if sketch_head:
+                add_sketch(decoder, checkpoint, progress)
     table.prepare(decoder.spec, progress and compiling_progress(progress))
     return Model(str(name), path, decoder, tokenizer)
 

@@ -15,6 +15,7 @@ from ondevice.commands.options import (
     model_argument,
     sampling,
     sampling_options,
+    sketch_option,
     sparsity_options,
     tile_cache_option,
 )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @context_option
 @engine_options
 @sparsity_options
+@sketch_option
 @tile_cache_option
 def chat(
     model: str,
@@ -44,6 +46,7 @@ def chat(
     tau: float | None,
     strict: bool,
     dense: bool,
+    sketch_head: bool,
     no_tile_cache: bool,
     **options: Any,
 ) -> None:
@@ -74,6 +77,7 @@ def chat(
             tau=tau,
             strict=strict,
             dense=dense,
+            sketch_head=sketch_head,
             tile_cache=not no_tile_cache,
             progress=progress,
         )

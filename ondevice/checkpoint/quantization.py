@@ -19,6 +19,8 @@ BITS = (4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 SUPER_BLOCK = 256
 """Inputs whose group scales share one float, where scales are themselves integers."""
+_TOGETHER = {2: 4, 4: 2, 5: 8, 6: 4}
+"""Values that fill whole bytes together, by their bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,8 @@ class Quantized:
         packed: uint32 [out, in * bits / 32].
         scales: float16, bfloat16 or float32 [out, in / group_size]; integers where there are super_scales.
         biases: as scales; None means -scale * 2**(bits - 1), codes relative to the middle of their range.
-        bits: 4, 5, 6 or 8.
-        group_size: 32, 64 or 128; also 16 where there are super_scales.
+        bits: 4, 5, 6 or 8; 2 in sketches.
+        group_size: 32, 64 or 128; also 16 where there are super_scales, and larger powers of two in sketches.
         super_scales: float16 [out, in / 256], factors of the scales.
         super_biases: float16 [out, in / 256], factors of the biases.
     """
@@ -91,15 +93,14 @@ def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
 
     Args:
         q: uint8 [..., in], each below 2**bits; `in` a multiple of 32.
-        bits: 4, 5, 6 or 8.
+        bits: 2, 4, 5, 6 or 8.
 
     Returns:
         uint32 [..., in * bits / 32], the first value in the lowest bits.
     """
     if bits == 8:
         return np.ascontiguousarray(q).view(np.dtype("<u4"))
-    # Values that fill whole bytes together: 2 of 4 bits, 8 of 5, 4 of 6.
-    count = {4: 2, 5: 8, 6: 4}[bits]
+    count = _TOGETHER[bits]
     nbytes = count * bits // 8
     word = np.uint8 if nbytes == 1 else np.dtype("<u8")
     joined: NDArray[Any] = np.zeros((*q.shape[:-1], q.shape[-1] // count), word)
@@ -115,7 +116,7 @@ def unpack(packed: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return octets
     out = np.empty((*octets.shape[:-1], octets.shape[-1] * 8 // bits), np.uint8)
-    count = {4: 2, 5: 8, 6: 4}[bits]
+    count = _TOGETHER[bits]
     nbytes = count * bits // 8
     joined = np.zeros((*octets.shape[:-1], octets.shape[-1] // nbytes), np.dtype("<u8"))
     for i in range(nbytes):

@@ -16,6 +16,7 @@ from ondevice.commands.options import (
     model_argument,
     sampling,
     sampling_options,
+    sketch_option,
     sparsity_options,
     tile_cache_option,
 )
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 @context_option
 @engine_options
 @sparsity_options
+@sketch_option
 @tile_cache_option
 @json_option
 def generate(
@@ -51,6 +53,7 @@ def generate(
     tau: float | None,
     strict: bool,
     dense: bool,
+    sketch_head: bool,
     no_tile_cache: bool,
     as_json: bool,
     **options: Any,
@@ -63,6 +66,8 @@ def generate(
         raise click.UsageError("Give a prompt with -p TEXT, or -p - to read it from stdin.")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs is printed with --json only; add it.")
+    if logprobs is not None and sketch_head:
+        raise click.UsageError("--logprobs needs all logits, of which --sketch-head computes few; drop one of them.")
     texts = _read(prompt)
     from ondevice.generation.sampling import SamplingParams
     from ondevice.model import load
@@ -77,6 +82,7 @@ def generate(
             tau=tau,
             strict=strict,
             dense=dense,
+            sketch_head=sketch_head,
             tile_cache=not no_tile_cache,
             progress=progress,
         )
@@ -129,10 +135,11 @@ def rates(stats: Stats, reason: str) -> str:
 
 def _kept(stats: Stats) -> str:
     """What a model that skips work has kept; "" for a dense one."""
+    sketched = "" if stats.sketched_tokens is None else f"; {stats.sketched_tokens} by a sketched head"
     if stats.sparsity is None:
-        return ""
+        return sketched
     parts = [f"{100 * kept:.0f} % of {what}" for what, kept in stats.sparsity.density.items()]
-    return f"; {stats.sparsity.method} ran {', '.join(parts) or 'everything'}"
+    return f"{sketched}; {stats.sparsity.method} ran {', '.join(parts) or 'everything'}"
 
 
 def _print_json(model: Model, answers: list[Answer]) -> None:

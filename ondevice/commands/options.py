@@ -80,6 +80,16 @@ def sparsity_options(f: F) -> F:
     return tau(strict(dense(f)))
 
 
+def sketch_option(f: F) -> F:
+    """--sketch-head, with the twin ONDEVICE_SKETCH_HEAD for all commands that generate."""
+    return click.option(
+        "--sketch-head",
+        is_flag=True,
+        envvar="ONDEVICE_SKETCH_HEAD",
+        help="Score words by a sketch, and compute the logits of those that matter; all of them under penalties.",
+    )(f)
+
+
 def json_option(f: F) -> F:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(f)

@@ -50,6 +50,7 @@ class Stats:
         generated_tokens: of the answer, with its end token.
         prompt_seconds: from the start to the first logits.
         generation_seconds: from the first token (of the batch's last prompt) to the last.
+        sketched_tokens: of the answer, chosen from logits of a sketched head; None if the model's head has no sketch.
         sparsity: what was skipped while the batch ran, up to the end of this answer; None for a dense model.
     """
 
@@ -58,6 +59,7 @@ class Stats:
     generated_tokens: int = 0
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0
+    sketched_tokens: int | None = None
     sparsity: SparsityStats | None = None
 
     @property
@@ -156,6 +158,8 @@ def generate(decoder: Decoder, rows: Sequence[Row], cache: KVCache) -> Iterator[
 
     active: list[Row] = []
     for row in rows:
+        if decoder.sketch is not None:
+            row.stats.sketched_tokens = 0
         if row.params.max_tokens == 0:
             row.finish_reason = "length"
             yield Piece("", None, row.index, "length", stats=row.stats)
@@ -166,10 +170,24 @@ def generate(decoder: Decoder, rows: Sequence[Row], cache: KVCache) -> Iterator[
     for row in active:
         row.start_decoding()
     while active:
-        logits = decoder.decode([row.tokens[-1] for row in active], cache, [row.slot for row in active])
-        for row, scores in zip(active, logits):
+        for row, scores in _decode(decoder, active, cache):
             yield accept(row, scores)
         active = [row for row in active if row.finish_reason is None]
+
+
+def _decode(decoder: Decoder, rows: Sequence[Row], cache: KVCache) -> Iterator[tuple[Row, NDArray[np.float32]]]:
+    """Logits of each row's next token. Rows that a sketched head serves differently are decoded apart."""
+    sketched = decoder.sketch is not None
+    needs = [row.params.exact_logits if sketched else 0 for row in rows]
+    found: dict[int, NDArray[np.float32]] = {}
+    for need in dict.fromkeys(needs):
+        some = [row for row, own in zip(rows, needs) if own == need]
+        logits = decoder.decode([row.tokens[-1] for row in some], cache, [row.slot for row in some], need)
+        found.update((row.slot, scores) for row, scores in zip(some, logits))
+    for row, need in zip(rows, needs):
+        if need:
+            row.stats.sketched_tokens = (row.stats.sketched_tokens or 0) + 1
+        yield row, found[row.slot]
 
 
 def _room(row: Row, cache: KVCache) -> bool:

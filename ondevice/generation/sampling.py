@@ -12,6 +12,8 @@ from ondevice.errors import OptionError
 
 FIRST_CANDIDATES = 256
 """Most likely tokens sorted at first; top-p takes more where their mass is not enough."""
+FEW_EXACT, MOST_EXACT = 16, 64
+"""Of logits where a sketch of the head gives the others: for drawing from all words, and for the longest top-k."""
 BLOCK = 256
 """Tokens whose weights are added up, or compared, before single ones are looked at."""
 
@@ -86,6 +88,21 @@ class SamplingParams:
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise OptionError(f"stop is {self.stop!r}; it must be non-empty strings")
 
+    @property
+    def penalized(self) -> bool:
+        """Whether logits are changed before the choice."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def exact_logits(self) -> int:
+        """How many of the largest logits must be exact, whatever the others are; 0 for all.
+
+        Penalties may make a word that was far from the best the best one, so all are exact before them.
+        """
+        if self.logprobs is not None or self.penalized or self.top_k > MOST_EXACT:
+            return 0
+        return 1 if self.temperature == 0 else self.top_k or FEW_EXACT
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -134,7 +151,7 @@ class Sampler:
 
     def _penalized(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         p = self.params
-        if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
+        if p.penalized:
             scores = scores.copy()
         if p.repetition_penalty != 1:
             seen = scores[self._seen]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ondevice.checkpoint.quantization import Tensor
-from ondevice.errors import BackendError
+from ondevice.errors import BackendError, OptionError
 from ondevice.sparsity.selection import HeadSelection, Selection
 
 if TYPE_CHECKING:
     from ondevice.generation.kv_cache import KVCache
     from ondevice.ops.base import Step
+    from ondevice.sparsity.head_sketch import SketchTensors
 
 Array = Any
 Handle = Any
@@ -211,6 +212,30 @@ class SkippingOps:
         """
         self._lacks("topk_attention")
 
+    def pack_sketch(self, head: Handle, tensors: Callable[[], SketchTensors], shape: tuple[int, int]) -> Handle:
+        """A sketch of the vocabulary head.
+
+        Args:
+            head: of `pack_linear`.
+            tensors: makes the sketch, for tables that do not have it from an earlier process.
+            shape: [vocab, d] of the head.
+        """
+        raise OptionError(f"the {self.name} backend has no sketch of the head and computes all of it: leave it out")
+
+    def head(self, x: Array, head: Handle, sketch: Handle, top: int) -> Array:
+        """Logits, those exact that may be among a token's `top` largest; the others are a sketch's scores.
+
+        Args:
+            x: [N, d].
+            head: of `pack_linear`.
+            sketch: of `pack_sketch` for that head.
+            top: at least 1.
+
+        Returns:
+            [N, vocab].
+        """
+        self._lacks("head")
+
     def counts(self) -> dict[str, Tally]:
-        """What has been skipped since the table was made, by what it is: "ffn", "inputs", "heads", "keys"."""
+        """What has been skipped since the table was made: "ffn", "inputs", "heads", "keys", "words" of the head."""
         return {}

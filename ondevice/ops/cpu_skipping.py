@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +19,19 @@ from ondevice.ops.base_skipping import SkippingOps, Tally
 from ondevice.ops.cpu_activations import ACTIVATIONS
 from ondevice.ops.cpu_attention import HeadMask, record_topk_attention
 from ondevice.ops.cpu_grouped import Experts, grouped_kernels, record_grouped
+from ondevice.ops.cpu_head_sketch import Sketch, pack_sketch, record_head, sketch_kernels
 from ondevice.ops.cpu_memory import WeightMemory
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_sparse_inputs import InputMajor, input_kernels, pack_input_major, record_inputs
 from ondevice.ops.cpu_sparse_rows import NeuronRows, pack_neuron_rows, record_rows, row_kernels
 from ondevice.ops.cpu_sparse_tiles import Chosen, SparseTiles, pack_tiles, record_tiles, tiles_kernels
+from ondevice.ops.cpu_weights import Tiles
 from ondevice.sparsity.selection import HeadSelection, Selection
 
 if TYPE_CHECKING:
     from ondevice.generation.kv_cache import KVCache
     from ondevice.ops.base import Step
+    from ondevice.sparsity.head_sketch import SketchTensors
 
 ONE_BY_ONE = 8
 """Tokens of a step where FFNs or linears run token by token: more would only make programs longer."""
@@ -42,7 +45,7 @@ class _Counted:
 
     Args:
         kind: of the tally that it belongs to.
-        units: neurons or inputs that there are.
+        units: neurons, inputs or words that there are.
         unit_bytes: of weights that each of them has.
     """
 
@@ -96,7 +99,8 @@ class CpuSkipping(SkippingOps):
         self._of_runs: dict[str, Tally] = {}
 
     def counts(self) -> dict[str, Tally]:
-        tallies = {kind: replace(self._of_runs.get(kind, Tally())) for kind in ("ffn", "inputs", "heads", "keys")}
+        kinds = ("ffn", "inputs", "heads", "keys", "words")
+        tallies = {kind: replace(self._of_runs.get(kind, Tally())) for kind in kinds}
         for counted in self._counted:
             tally, (_, kept, tables) = tallies[counted.kind], (int(n) for n in counted.numbers)
             units = counted.units * tables
@@ -152,6 +156,15 @@ class CpuSkipping(SkippingOps):
         self._kernels.update(dict.fromkeys((*input_kernels(parts), *cpu_selection.KERNELS)))
         inputs, self._one_by_one = parts[0].inputs, True
         return Inputs(parts, self._count("inputs", inputs, sum(p.data.nbytes for p in parts)))
+
+    def pack_sketch(self, head: list[Tiles], tensors: Callable[[], SketchTensors], shape: tuple[int, int]) -> Sketch:
+        counted = self._count("words", shape[0], head[0].data.nbytes)
+        sketch = pack_sketch(self, tensors, shape, counted.numbers)
+        self._kernels.update(dict.fromkeys(sketch_kernels(head)))
+        return sketch
+
+    def head(self, x: Buffer, head: list[Tiles], sketch: Sketch, top: int) -> Buffer:
+        return record_head(self._now, x, head, sketch, top)
 
     # Selections
 

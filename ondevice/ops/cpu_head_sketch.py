@@ -1,0 +1,105 @@
+"""Recording the vocabulary head by its sketch: scores of all words, a border for each token, exact logits beyond it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpu_kernels.compile import Kernel
+from cpu_kernels.head_sketch import border, border_scratch, peaks, settle
+from ondevice.ops.cpu_products import PIECES, record_linear
+from ondevice.ops.cpu_recording import Buffer, Recording
+from ondevice.ops.cpu_weights import Tiles
+
+if TYPE_CHECKING:
+    from ondevice.ops.base import Ops
+    from ondevice.sparsity.head_sketch import SketchTensors
+
+MARGIN = 4.0
+"""Deviations that a score may be too low by: a normal distribution exceeds them 3 times in 100,000."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """Packed tensors of a sketch, and what its kernels count: words and tokens (places 1 and 2)."""
+
+    rotation: list[Tiles]
+    fine: list[Tiles]
+    coarse: list[Tiles]
+    errors: Tiles
+    counted: NDArray[np.int64]
+
+
+def pack_sketch(
+    ops: Ops, tensors: Callable[[], SketchTensors], shape: tuple[int, int], counted: NDArray[np.int64]
+) -> Sketch:
+    """Packs a sketch, or takes it from where the table keeps packed weights.
+
+    Args:
+        tensors, shape: as of `Ops.pack_sketch`.
+        counted: receives counts.
+    """
+    from ondevice.sparsity.head_sketch import FINE
+
+    (words, width), made = shape, cache(tensors)
+    return Sketch(
+        ops.kept("sketch.rotation", (width + 1, width), lambda: ops.pack_linear([made().rotation], [None])),
+        ops.kept("sketch.fine", (words, FINE), lambda: ops.pack_linear([made().fine], [made().bias])),
+        ops.kept("sketch.coarse", (words, width - FINE), lambda: ops.pack_linear([made().coarse], [None])),
+        ops.kept("sketch.errors", (words, 1), lambda: ops.pack_embedding(made().errors)),
+        counted,
+    )
+
+
+def sketch_kernels(head: list[Tiles]) -> tuple[Kernel, ...]:
+    """What a sketched head needs beside the products with its sketch."""
+    form = head[0].format
+    return peaks, border(form.layout, form.kind), settle(form.layout, form.kind)
+
+
+def record_head(recording: Recording, x: Buffer, head: list[Tiles], sketch: Sketch, top: int) -> Buffer:
+    """As `Ops.head`."""
+    [tiles] = head
+    turned = record_linear(recording, x, sketch.rotation, None)
+    fine, coarse = sketch.fine[0].format.inputs, sketch.coarse[0].format.inputs
+    first = Buffer(x.rows, fine, turned.stride, turned.block, turned.address)
+    rest = Buffer(x.rows, coarse, turned.stride, turned.block, turned.address + 4 * fine)
+    out = record_linear(recording, rest, sketch.coarse, record_linear(recording, first, sketch.fine, None))
+    _settle(recording, x, tiles, sketch, turned, out, min(top, tiles.row_tiles))
+    return out
+
+
+def _settle(
+    recording: Recording, x: Buffer, tiles: Tiles, sketch: Sketch, turned: Buffer, out: Buffer, top: int
+) -> None:
+    """Puts exact logits in the place of scores where it matters."""
+    program, n, form = recording.program, x.rows, tiles.format
+    per_token = -(-PIECES * recording.threads // n)
+    each = -(-tiles.row_tiles // per_token)
+    cut = (tiles.row_tiles, each, per_token)
+    scores, common = (out.address, out.stride_bytes), turned.address + 4 * form.inputs
+    tops = recording.new(n, tiles.row_tiles)
+    place = (tops.address, tops.stride_bytes)
+    program.add(peaks, n * per_token, (*scores, common, turned.stride_bytes, *place, tiles.rows, *cut))
+    inputs, x_stride = recording.rows_of_codes(x) if form.layout else (recording.floats(x), x.stride_bytes)
+    bias = 0 if tiles.bias is None else tiles.bias
+    exact = (tiles.data, form.tile_bytes, inputs.address, x_stride, form.inputs, bias)
+    borders, scratch = recording.new(1, n), border_scratch(tiles.row_tiles, top)
+    quantiles = (_quantile(top, tiles.row_tiles), _quantile(top, 16 * top))
+    memory = (recording.scratch("border", scratch), scratch)
+    search = (borders.address, *place, tiles.rows, tiles.row_tiles, top, *quantiles, *exact, *memory)
+    program.add(border(form.layout, form.kind), n, search)
+    reach = (sketch.errors.data, MARGIN, turned.address, turned.stride_bytes, form.inputs)
+    arguments = (*scores, *reach, borders.address, sketch.counted, *cut, *exact)
+    program.add(settle(form.layout, form.kind), n * per_token, arguments, work=n * form.inputs * tiles.rows)
+
+
+def _quantile(k: int, n: int) -> float:
+    """Standard deviations above the mean at which a normal distribution has its k-th largest of n."""
+    return NormalDist().inv_cdf(1 - (k - 0.5) / n) if k < n else 0.0
