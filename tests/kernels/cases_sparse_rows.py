@@ -21,7 +21,7 @@ LISTS: dict[str, tuple[int, list[int]]] = {
     "one of each group": (320, list(range(5, 320, 32))),
     "a third": (320, _SOME.permutation(320)[:107].tolist()),
     "all but one": (96, [i for i in range(96) if i != 47]),
-    "all, whole groups": (96, list(range(96))),
+    "all, whole groups": (1600, list(range(1600))),
     "all, a broken group": (33, list(range(33))),
     "a single neuron": (1, [0]),
 }
