@@ -28,6 +28,7 @@ from cpu_kernels.simd import (
     VOID,
     A,
     B,
+    I,
     call,
     i32_at,
     i64_at,
@@ -91,11 +92,10 @@ def expert_tokens(arguments, tile, thread):
 
 @functools.cache
 def _interleave(width: int):
-    """Intrinsic: the 4-byte words of rows side by side, as panels have them, 4 words of 4 rows at once."""
-    four = ir.VectorType(I32, 4)
+    """Intrinsic: the 4-byte words of rows side by side, as panels have them, 16 words of 4 rows at once.
 
-    def shuffled(b, x, y, lanes):
-        return b.shuffle_vector(x, y, ir.Constant(four, lanes))
+    Up to 15 words more are read and written, where rows and panels have their fine groups.
+    """
 
     @intrinsic
     def interleave(context, panel, rows, row_bytes, tokens, last, words):
@@ -106,27 +106,36 @@ def _interleave(width: int):
                 token = simd.i32_at.build(b, offset(b, tokens, 4 * t))
                 token = b.select(b.icmp_signed("<", token, last), token, last)
                 sources.append(b.add(rows, b.mul(token, row_bytes)))
-            with cgutils.for_range(b, b.lshr(words, I64(2))) as loop:
-                at = b.mul(loop.index, I64(16))
+            with cgutils.for_range(b, b.lshr(b.add(words, I64(15)), I64(4))) as loop:
+                at = b.mul(loop.index, I64(64))
                 out = b.add(panel, b.mul(at, I64(width)))
-                loaded = [b.load(pointer(b, b.add(source, at), four), align=4) for source in sources]
-                for q in range(0, width, 4):
-                    x, y, z, w = loaded[q : q + 4]
-                    low, high = shuffled(b, x, y, [0, 4, 1, 5]), shuffled(b, z, w, [0, 4, 1, 5])
-                    low2, high2 = shuffled(b, x, y, [2, 6, 3, 7]), shuffled(b, z, w, [2, 6, 3, 7])
-                    columns = [
-                        shuffled(b, low, high, [0, 1, 4, 5]),
-                        shuffled(b, low, high, [2, 3, 6, 7]),
-                        shuffled(b, low2, high2, [0, 1, 4, 5]),
-                        shuffled(b, low2, high2, [2, 3, 6, 7]),
-                    ]
-                    for i, column in enumerate(columns):
-                        b.store(column, pointer(b, offset(b, out, 4 * (width * i + q)), four), align=4)
+                for first in range(0, width, 4):
+                    four = [b.load(pointer(b, b.add(s, at), I.llvm), align=4) for s in sources[first : first + 4]]
+                    for word, column in enumerate(_columns(b, four)):
+                        place = offset(b, out, 4 * (width * word + first))
+                        b.store(column, pointer(b, place, column.type), align=4)
             return ctx.get_dummy_value()
 
         return types.void(*[types.int64] * 6), codegen
 
     return interleave
+
+
+def _columns(b, rows):
+    """The 16 columns of 4 rows of 16 words."""
+
+    def shuffled(x, y, lanes):
+        # Within each 16 bytes, which no CPU has to leave for it. Lanes from 4 on are y's.
+        places = [4 * part + lane % 4 + lane // 4 * 16 for part in range(4) for lane in lanes]
+        return b.shuffle_vector(x, y, ir.Constant(I.llvm, places))
+
+    x, y, z, w = rows
+    low = shuffled(x, y, [0, 4, 1, 5]), shuffled(z, w, [0, 4, 1, 5])
+    high = shuffled(x, y, [2, 6, 3, 7]), shuffled(z, w, [2, 6, 3, 7])
+    quarters = [shuffled(*pair, lanes) for pair in (low, high) for lanes in ([0, 1, 4, 5], [2, 3, 6, 7])]
+    for part in range(4):
+        index = ir.Constant(ir.VectorType(I32, 4), list(range(4 * part, 4 * part + 4)))
+        yield from (b.shuffle_vector(quarter, quarter, index) for quarter in quarters)
 
 
 @op(VOID(A, B))

@@ -39,9 +39,9 @@ def up_scratch(layout: Layout, inputs: int) -> int:
     return 2 * 64 * WIDEST + inputs // 32 * group_bytes(layout) + CHUNK * int(panel_bytes(inputs, WIDEST))
 
 
-def down_scratch(layout: Layout, expert: int, tokens: int) -> int:
-    """Bytes that each thread needs for `experts_down`: two sums of all tokens, and an unpacked tile of an expert."""
-    return 2 * 64 * (tokens + 1) + expert // 32 * group_bytes(layout)
+def down_scratch(layout: Layout, expert: int, tokens: int, each: int) -> int:
+    """Bytes that each thread needs for `experts_down`, for each tile: sums of all tokens, and an expert's weights."""
+    return each * (2 * 64 * (tokens + 1) + expert // 32 * group_bytes(layout))
 
 
 @numba.njit(error_model="numpy")
@@ -133,9 +133,9 @@ def experts_codes(arguments, tile, thread):
     """Codes of the activations of an expert's tokens, some panels of them.
 
     Its arguments: panels, panels of an expert, activations and their stride, their tokens' root mean squares, lists,
-    bytes of a list, its room, pieces of an expert, groups of an expert.
+    bytes of a list, its room, pieces of an expert, groups of an expert, tiles of one piece of `experts_down`.
     """
-    panels, most, h, stride, norms, lists, each, space, chunks, groups = unpack(arguments, "iiiiiiiiii")
+    panels, most, h, stride, norms, lists, each, space, chunks, groups, together = unpack(arguments, "iiiiiiiiiii")
     at, begin, end = _chunk(tile, chunks, lists, each)
     n, expert = 32 * groups, tile // chunks
     for i in range(begin, end, WIDEST):
@@ -150,7 +150,7 @@ def experts_codes(arguments, tile, thread):
                 before = fine
                 fine = quantize_group(x, f32_at(norms + 4 * token), panel, n, width, t, group, fine)
                 # Fine groups add to sums of all tokens, not of a panel's.
-                set_i32(before + 4, token)
+                set_i32(before + 4, token * together)
         set_i64(first, (fine - first) // 64 - 1)
         for t in range(count, width):
             clear_token(panel, n, width, t)
@@ -160,6 +160,8 @@ def experts_codes(arguments, tile, thread):
 def experts_down(layout: Layout) -> Kernel:
     """Kernel: out = the sum of each token's experts (+ bias) (+ residual). A piece of work is some tiles of outputs.
 
+    A panel is read once for all of them.
+
     Args:
         layout: of the weights' tiles.
 
@@ -168,7 +170,7 @@ def experts_down(layout: Layout) -> Kernel:
     bias, residual (0 for none) and its stride, scratch memory and bytes of it for each thread.
     """
     unpack_groups, fine_product = unpack_listed(layout), fine_products(layout)
-    band, next_tile = layout.band, layout.group_bytes
+    band, next_tile, unpacked_bytes = layout.band, layout.group_bytes, group_bytes(layout)
     product = by_width({width: scattered_product(layout, width) for width in WIDTHS}, f"experts down {layout.label}")
 
     @kernel(f"experts down {layout.label}")
@@ -177,23 +179,29 @@ def experts_down(layout: Layout) -> Kernel:
          n_tokens, bias, residual, residual_stride, scratch, scratch_each) = unpack(
             arguments, "iiiiiiiiiiiiiiiiiii"
         )  # fmt: skip
-        sums, n = scratch + thread * scratch_each, groups * 32
-        fine_sums = sums + 64 * (n_tokens + 1)
-        unpacked, size = fine_sums + 64 * (n_tokens + 1), panel_bytes(n, WIDEST)
-        for row in range(tile * each, min(tile * each + each, n_tiles)):
-            for place in range(sums, unpacked, 64):
-                store_f32(place, zeros())
-            first = weight + row // band * band * tile_bytes + row % band * next_tile
-            for expert in range(experts):
-                tokens, count = lists + expert * list_each + COUNT_BYTES, i64_at(lists + expert * list_each)
-                if count > 0:
-                    unpack_groups(unpacked, first, every + 4 * expert * groups, groups)
-                for i in range(0, count, WIDEST):
-                    width, panel = _width(count - i), panels + (expert * most + i // WIDEST) * size
-                    product(width, sums, tokens + 4 * i, unpacked, panel, n)
-                    fine_product(fine_sums, unpacked, panel + fine_at(n, width))
-            for t in range(n_tokens):
-                y = add(load_f32(sums + 64 * t), load_f32(fine_sums + 64 * t))
+        begin, end = tile * each, min(tile * each + each, n_tiles)
+        sums, n, stride_of_sums = scratch + thread * scratch_each, groups * 32, each * 64
+        fine_sums = sums + stride_of_sums * (n_tokens + 1)
+        unpacked, size = fine_sums + stride_of_sums * (n_tokens + 1), panel_bytes(n, WIDEST)
+        for place in range(sums, unpacked, 64):
+            store_f32(place, zeros())
+        for expert in range(experts):
+            tokens, count = lists + expert * list_each + COUNT_BYTES, i64_at(lists + expert * list_each)
+            for row in range(begin, end if count > 0 else begin):
+                first = weight + row // band * band * tile_bytes + row % band * next_tile
+                unpack_groups(
+                    unpacked + (row - begin) * groups * unpacked_bytes, first, every + 4 * expert * groups, groups
+                )
+            for i in range(0, count, WIDEST):
+                width, panel = _width(count - i), panels + (expert * most + i // WIDEST) * size
+                for r in range(end - begin):
+                    weights = unpacked + r * groups * unpacked_bytes
+                    product(width, sums + 64 * r, stride_of_sums, tokens + 4 * i, weights, panel, n)
+                    fine_product(fine_sums + 64 * r, weights, panel + fine_at(n, width))
+        for t in range(n_tokens):
+            for row in range(begin, end):
+                at = t * stride_of_sums + (row - begin) * 64
+                y = add(load_f32(sums + at), load_f32(fine_sums + at))
                 r = residual + t * residual_stride + row * 64 if residual != 0 else 0
                 finish(y, out + t * stride + row * 64, bias + row * 64 if bias != 0 else 0, r)
 

@@ -52,22 +52,22 @@ def panel_product(layout: Layout, width: int):
 def scattered_product(layout: Layout, width: int):
     """Intrinsic: an unpacked tile times a panel, added to 16 sums of each token, without their fine parts.
 
-    Its arguments: sums, numbers of the panel's tokens among them [int32], unpacked tile, panel and inputs.
+    Its arguments: sums and bytes between those of tokens, the tokens' numbers [int32], unpacked tile, panel and inputs.
     """
 
     @intrinsic
-    def product(context, sums, tokens, unpacked, panel, inputs):
+    def product(context, sums, stride, tokens, unpacked, panel, inputs):
         def codegen(ctx, b, signature, args):
-            sums, tokens, unpacked, panel, inputs = args
+            sums, stride, tokens, unpacked, panel, inputs = args
             numbers = [simd.i32_at.build(b, offset(b, tokens, 4 * t)) for t in range(width)]
-            places = [b.add(sums, b.mul(number, I64(64))) for number in numbers]
+            places = [b.add(sums, b.mul(number, stride)) for number in numbers]
             totals = [cgutils.alloca_once_value(b, simd.load_f32.build(b, place)) for place in places]
             _multiply(b, layout, totals, unpacked, panel, inputs)
             for place, total in zip(places, totals):
                 simd.store_f32.build(b, place, b.load(total))
             return ctx.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), codegen
+        return types.void(*[types.int64] * 6), codegen
 
     return product
 

@@ -11,8 +11,8 @@ of what is left, which hold the same groups once for each row. A segment has SEG
     whether the segment has a fine group, int32
 
 Sums stand in one lane of their group only; other lanes, and what belongs to no group, are zero. Where there is a fine
-group, all groups of the segment are computed in steps of d / 256: 256 times the sum over the first plane, plus that over
-the second, which is zero for groups that are not fine.
+group, all groups of the segment are computed in steps of d / 256: 256 times the sum over the first plane, plus that
+over the second, which is zero for groups that are not fine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantized weights by neuron: all rows that a neuron needs are one piece of memory, for neurons that are picked singly.
+"""Quantized weights by neuron, for neurons that are picked singly: all that one needs is one piece of memory.
 
 A neuron has one row or two (gate and up). A lane of a vector is a group of 32 inputs, so that one dot-product
 instruction adds to 16 groups of a row at once. Such 16 groups are a segment; what is left of all rows of a neuron makes

@@ -19,8 +19,8 @@ from cpu_kernels.unpacked import group_bytes
 def unpack_rows(layout: RowLayout, part: int):
     """Intrinsic: unpacks one row of each of up to 16 neurons.
 
-    Its arguments: the unpacked tile, weights, where int32 numbers of neurons are, and how many, at least 1. Further rows
-    of the tile are copies of the last.
+    Its arguments: the unpacked tile, weights, where int32 numbers of neurons are, and how many, at least 1. Further
+    rows of the tile are copies of the last.
 
     Args:
         layout: of the weights.

@@ -85,9 +85,7 @@ class Decoder:
             slots = np.full(n, slot, np.int32)
             yield self._step(Step(chunk, positions, slots, outputs.astype(np.int32)), cache)
 
-    def decode(
-        self, tokens: Sequence[int], cache: KVCache, slots: Sequence[int], top: int = 0
-    ) -> NDArray[np.float32]:
+    def decode(self, tokens: Sequence[int], cache: KVCache, slots: Sequence[int], top: int = 0) -> NDArray[np.float32]:
         """One more token for each of several slots.
 
         Args:

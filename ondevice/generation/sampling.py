@@ -88,7 +88,6 @@ class SamplingParams:
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise OptionError(f"stop is {self.stop!r}; it must be non-empty strings")
 
-
     @property
     def penalized(self) -> bool:
         """Whether logits are changed before the choice."""

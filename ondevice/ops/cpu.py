@@ -20,7 +20,7 @@ from ondevice.checkpoint.quantization import Tensor, dequantize
 from ondevice.machine import default_threads
 from ondevice.ops.base import Body, Handle, Ops, Step
 from ondevice.ops.cpu_activations import ACTIVATIONS
-from ondevice.ops.cpu_attention import Pages, PartedPages, record_append, record_attention
+from ondevice.ops.cpu_attention import Pages, PartedPages, record_append, record_attention, topk_kernels
 from ondevice.ops.cpu_memory import WeightMemory
 from ondevice.ops.cpu_products import product_kernels, record_linear
 from ondevice.ops.cpu_profile import PartTime, add_times
@@ -126,7 +126,10 @@ class CpuOps(CpuSkipping, Ops):
         """Compiles every kernel that a model's steps can need, telling `progress` (done, of how many, what)."""
         shape = (spec.group, spec.head_dim)
         kernels = [*self._kernels, rows.norm, rows.activation, rows.take, rows.quantize, kv_pages.append]
-        kernels += [f(*shape) for f in (attention.attention_tokens, attention.attention_chunks)]
+        if spec.rope_parts > 1:
+            kernels += topk_kernels(*shape, spec.head_dim // spec.rope_parts)
+        else:
+            kernels += [f(*shape) for f in (attention.attention_tokens, attention.attention_chunks)]
         kernels += [rows.add_rows] if spec.post_norms or spec.position_offset is not None else []
         kernels += [rows.softcap] if spec.logit_softcap else []
         compile_all(kernels, progress)
@@ -151,6 +154,7 @@ class CpuOps(CpuSkipping, Ops):
                 program.run(self.pool)
             else:
                 add_times(self._profile, program, self.pool)
+            self._count_run(program.each_run)
             return program.result.copy()
 
     @contextlib.contextmanager
@@ -238,6 +242,8 @@ class CpuOps(CpuSkipping, Ops):
         softcap: float,
         heads: HeadSelection | None = None,
     ) -> Buffer:
+        if heads is None:
+            self._now.program.count("heads", None, 0)
         chosen = None if heads is None else self._head_mask(heads)
         return record_attention(self._now, q, cache, layer, step, scale, window, softcap, chosen)
 

@@ -8,19 +8,14 @@ import numpy as np
 
 from cpu_kernels import codes, expert_lists, grouped_experts
 from cpu_kernels.compile import Kernel
-from cpu_kernels.grouped_experts import (
-    CHUNK,
-    WIDEST,
-    down_scratch,
-    experts_codes,
-    experts_down,
-    experts_norms,
-    experts_up,
-)
+from cpu_kernels.grouped_experts import CHUNK, WIDEST, experts_codes, experts_down, experts_norms, experts_up
 from ondevice.errors import OptionError
 from ondevice.ops.cpu_program import Block
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_sparse_tiles import SparseTiles
+
+TOGETHER = 4
+"""Tiles of outputs, at most, that one piece of work adds up together: more would not fit the second-level cache."""
 
 
 def grouped_kernels(ffn: SparseTiles) -> tuple[Kernel, ...]:
@@ -55,6 +50,7 @@ class _Lists:
         room: tokens that it can hold.
         chunks: pieces of work for an expert.
         groups: of 32 neurons that an expert has.
+        together: tiles of outputs of one piece of work.
     """
 
     block: Block
@@ -62,6 +58,7 @@ class _Lists:
     room: int
     chunks: int
     groups: int
+    together: int
 
     @property
     def all(self) -> tuple[int, int, int, int]:
@@ -96,7 +93,8 @@ def _record_lists(recording: Recording, n: int, ffn: SparseTiles, experts: Exper
     block = Block(recording.program.memory, experts.number * each)
     arguments = (block.address, each, room, experts.masks, experts.stride, n, WIDEST)
     recording.program.add(expert_lists.expert_tokens, experts.number, arguments)
-    return _Lists(block, each, room, -(-n // (WIDEST * CHUNK)), ffn.neurons // 32 // experts.number)
+    together = max(1, min(TOGETHER, ffn.down.row_tiles // (4 * recording.threads)))
+    return _Lists(block, each, room, -(-n // (WIDEST * CHUNK)), ffn.neurons // 32 // experts.number, together)
 
 
 def _record_up(
@@ -125,7 +123,7 @@ def _record_codes(
     size = int(codes.panel_bytes(32 * lists.groups, WIDEST))
     panels = Block(recording.program.memory, experts.number * most * size)
     source = (h.address, h.stride_bytes, norms.address)
-    arguments = (panels.address, most, *source, *lists.all, lists.groups)
+    arguments = (panels.address, most, *source, *lists.all, lists.groups, lists.together)
     recording.program.add(experts_codes, experts.number * lists.chunks, arguments)
     return panels, most
 
@@ -143,15 +141,15 @@ def _record_down(
     _, down = ffn.layouts
     tiles = ffn.down
     out = recording.new(n, tiles.rows, span=16 * tiles.row_tiles)
-    scratch = down_scratch(down, 32 * lists.groups, n)
+    scratch = grouped_experts.down_scratch(down, 32 * lists.groups, n, lists.together)
     extra = (0 if tiles.bias is None else tiles.bias, 0, 0)
     if residual:
         extra = (extra[0], recording.floats(residual).address, residual.stride_bytes)
-    weight = (tiles.data, tiles.format.tile_bytes, tiles.row_tiles, 1)
+    weight = (tiles.data, tiles.format.tile_bytes, tiles.row_tiles, lists.together)
     every = np.arange(ffn.neurons // 32, dtype=np.int32)
     chosen = (panels.address, most, lists.block.address, lists.each, experts.number, lists.groups, every, n)
     memory = (recording.scratch("experts down", scratch), scratch)
     arguments = (out.address, out.stride_bytes, *weight, *chosen, *extra, *memory)
     work = n * ffn.neurons * tiles.rows
-    recording.program.add(experts_down(down), tiles.row_tiles, arguments, work=work)
+    recording.program.add(experts_down(down), -(-tiles.row_tiles // lists.together), arguments, work=work)
     return out

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cpu_kernels.compile import Kernel
 from cpu_kernels.threads import FIELDS, MAX_OPS, RUN_BIT, ThreadPool
 from ondevice.ops.base import Step
+from ondevice.ops.base_skipping import Tally
 
 SLICE = 4e9
 """Multiplications between two looks at Python's signals: some 20 ms on two cores, and not a second on a slow one."""
@@ -91,6 +92,7 @@ class Program:
         self._by_chunks: list[int] = []
         self._work: list[float] = []
         self.parts: list[str] = []
+        self.each_run: dict[str, Tally] = {}
         self.part = ""
         self.memory = _Memory()
         if step is not None:
@@ -178,6 +180,13 @@ class Program:
         chunks = max(int(step.positions.max()), 0) // chunk + 1
         self.chunks[0] = chunks
         self._table[self._by_chunks, 2] = self._base_tiles * chunks
+
+    def count(self, kind: str, kept: int | None, units: int) -> None:
+        """Notes an operation that can skip, of which every run keeps so many units; None for a dense one."""
+        tally = self.each_run.setdefault(kind, Tally())
+        tally.calls += 1
+        if kept is not None:
+            tally.sparse, tally.kept, tally.units = tally.sparse + 1, tally.kept + kept, tally.units + units
 
     def run(self, pool: ThreadPool) -> None:
         """Runs all operations; a long program returns to Python now and then, so that Ctrl+C is heard."""

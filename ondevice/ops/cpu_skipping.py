@@ -45,7 +45,7 @@ class _Counted:
 
     Args:
         kind: of the tally that it belongs to.
-        units: neurons, inputs or words that there are.
+        units: neurons or inputs that there are.
         unit_bytes: of weights that each of them has.
     """
 
@@ -96,9 +96,11 @@ class CpuSkipping(SkippingOps):
         self._counted: list[_Counted] = []
         self._seeds = itertools.count()
         self._one_by_one = False
+        self._of_runs: dict[str, Tally] = {}
+        self._sketch: Sketch | None = None
 
     def counts(self) -> dict[str, Tally]:
-        tallies = {kind: Tally() for kind in ("ffn", "inputs", "words")}
+        tallies = {kind: replace(self._of_runs.get(kind, Tally())) for kind in ("ffn", "inputs", "heads", "keys")}
         for counted in self._counted:
             tally, (_, kept, tables) = tallies[counted.kind], (int(n) for n in counted.numbers)
             units = counted.units * tables
@@ -107,7 +109,16 @@ class CpuSkipping(SkippingOps):
             tally.kept += kept
             tally.units += units
             tally.bytes_skipped += round((units - kept) * counted.unit_bytes)
+        if self._sketch is not None:
+            tallies["words"] = self._sketch.tally()
         return tallies
+
+    def _count_run(self, each: dict[str, Tally]) -> None:
+        """Adds what one run of a program does, where that is known from its recording."""
+        for kind, tally in each.items():
+            sums = self._of_runs.setdefault(kind, Tally())
+            sums.calls, sums.sparse = sums.calls + tally.calls, sums.sparse + tally.sparse
+            sums.kept, sums.units = sums.kept + tally.kept, sums.units + tally.units
 
     def _count(self, kind: str, units: int, nbytes: int) -> _Counted:
         self._counted.append(_Counted(kind, units, nbytes / units))
@@ -149,10 +160,9 @@ class CpuSkipping(SkippingOps):
         return Inputs(parts, self._count("inputs", inputs, sum(p.data.nbytes for p in parts)))
 
     def pack_sketch(self, head: list[Tiles], tensors: Callable[[], SketchTensors], shape: tuple[int, int]) -> Sketch:
-        counted = self._count("words", shape[0], head[0].data.nbytes)
-        sketch = pack_sketch(self, tensors, shape, counted.numbers)
+        self._sketch = pack_sketch(self, head, tensors, shape)
         self._kernels.update(dict.fromkeys(sketch_kernels(head)))
-        return sketch
+        return self._sketch
 
     def head(self, x: Buffer, head: list[Tiles], sketch: Sketch, top: int) -> Buffer:
         return record_head(self._now, x, head, sketch, top)
@@ -197,6 +207,7 @@ class CpuSkipping(SkippingOps):
 
     def _head_mask(self, heads: HeadSelection) -> HeadMask:
         made: cpu_selection.Selection = heads.index
+        self._now.program.count("heads", made.rows * heads.kept, made.rows * made.units)
         return HeadMask(cpu_selection.record_mask(self._now, made), made.rows, made.units)
 
     # Products
@@ -216,6 +227,8 @@ class CpuSkipping(SkippingOps):
         self, x: Buffer, ffn: Ffn, selection: Selection | None, activation: str, residual: Buffer | None = None
     ) -> Buffer:
         weights, kind, now = ffn.weights, ACTIVATIONS[activation], self._now
+        if selection is None:
+            now.program.count("ffn", None, 0)
         values = None if selection is None or selection.values is None else now.floats(selection.values)
         if x.rows > 1 and isinstance(weights, SparseTiles) and weights.mode != "valued":
             return record_grouped(now, x, weights, self._experts(selection, ffn), kind, residual)
@@ -276,4 +289,5 @@ class CpuSkipping(SkippingOps):
     def topk_attention(
         self, q: Buffer, cache: KVCache, layer: int, step: Step, scale: float, window: int, r: int, k: int
     ) -> Buffer:
+        self._now.program.count("keys", 0, 0)
         return record_topk_attention(self._now, q, cache, layer, step, scale, k, window, 0.0, scale)

@@ -91,13 +91,11 @@ def row_layout_of(tensors: list[Quantized]) -> RowLayout:
     Raises:
         OptionError: there is none.
     """
-    bits, group_size = {t.bits for t in tensors}, {t.group_size for t in tensors}
+    bits, sizes = {t.bits for t in tensors}, {t.group_size for t in tensors}
     supers = any(t.super_scales is not None for t in tensors)
-    if supers or len(bits) > 1 or len(group_size) > 1 or not bits <= {4, 8}:
-        raise OptionError(
-            f"rows by neuron of {sorted(bits)} bits in groups of {sorted(group_size)}{', scales in two steps' * supers}: "
-            "bring gate and up to 4 or 8 bits with float scales, both alike"
-        )
+    if supers or len(bits) > 1 or len(sizes) > 1 or not bits <= {4, 8}:
+        kind = f"{sorted(bits)} bits in groups of {sorted(sizes)}{', scales in two steps' * supers}"
+        raise OptionError(f"rows by neuron of {kind}: bring gate and up to 4 or 8 bits with float scales, both alike")
     affine = [t.affine() for t in tensors]
     middle = np.float32(2 ** (tensors[0].bits - 1))
     symmetric = all(np.array_equal(scales * -middle, biases) for scales, biases in affine)
@@ -162,22 +160,21 @@ def record_rows(
     Returns:
         [1, 32 * groups of neurons], of which 32 for each entry of the table are written.
     """
+    if x.rows != 1:
+        raise ValueError(f"{x.rows} tokens; rows by neuron are multiplied with one")
+    layout = rows.layout
+    token = _own_row_codes(recording, x, layout) if isinstance(layout, RowLayout) else recording.own_floats(x)
     out = recording.new(1, 32 * rows.groups)
-    first: tuple[Kernel, int] | None
-    if isinstance(rows.layout, RowLayout):
-        source, each, first = _own_row_codes(recording, x, rows.layout)
-    else:
-        source, each, first = recording.own_floats(x)
     pieces = min(rows.groups, PIECES * recording.threads)
     extra = [0 if a is None else a for a in (rows.gate_bias, rows.up_bias)]
     given = recording.floats(values).address if values else 0
     entries = -(-rows.groups // pieces)
-    room, scratch_each = most_neurons(rows.layout, entries), scratch_bytes(rows.layout, entries)
+    room, scratch_each = most_neurons(layout, entries), scratch_bytes(layout, entries)
     scratch = (recording.scratch("rows of neurons", scratch_each), scratch_each, room)
-    arguments = (out.address, table, rows.groups, rows.data, source, each, pieces, *extra, given, activation, *scratch)
-    work = rows.layout.inputs * rows.neurons * rows.layout.parts
-    kernel = sparse_rows(rows.layout)
-    recording.program.add(kernel, pieces, arguments, first=first, work=work)
+    arguments = (out.address, table, rows.groups, rows.data, *token[:2], pieces, *extra, given, activation, *scratch)
+    work = layout.inputs * rows.neurons * layout.parts
+    kernel = sparse_rows(layout)
+    recording.program.add(kernel, pieces, arguments, first=token[2], work=work)
     return out
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SIMD, OPS, THREADS, ATTENTION = (f"tests/kernels/test_{name}.py" for name in ("simd", "ops", "threads", "attention"))
+PICKED, UNPACKED = (
+    f"tests/kernels/test_sparse_rows.py::test_{name}" for name in ("picked_neurons", "unpacked_rows_are_unpacked_tiles")
+)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 import pytest
 from llvmlite import binding
 
-from tests.kernels.other_cpus import ATTENTION, OPS, SIMD, must_pass, running
+from tests.kernels.other_cpus import ATTENTION, OPS, PICKED, SIMD, UNPACKED, must_pass, running
 
 AVX2 = "+sse2,+sse4.2,+avx,+avx2,+fma,+f16c"
 X86 = {
@@ -26,6 +26,6 @@ def test_kernels_compiled_for(name: str) -> None:
     missing = [word for word in features.replace("+", "").split(",") if word and not has.get(word)]
     if missing:
         pytest.skip(f"this CPU has no {', '.join(missing)}")
-    arguments = ("-x", "--spread", "20", "-k", "not one-thread", SIMD, OPS, ATTENTION)
+    arguments = ("-x", "--spread", "20", "-k", "not one-thread", SIMD, OPS, ATTENTION, PICKED, UNPACKED)
     with running(sys.executable, cpu, features, name, *arguments) as process:
         must_pass(process, 600)

@@ -74,7 +74,9 @@ def run(
         floats[:] = np.nan
         floats[: array.size] = array[0]
         buffers.append(buffer)
-    out = record_rows(recording, buffers[0], rows, make_table(neurons, rows.neurons), ACTIVATIONS[activation], *buffers[1:])
+    out = record_rows(
+        recording, buffers[0], rows, make_table(neurons, rows.neurons), ACTIVATIONS[activation], *buffers[1:]
+    )
     memory = out.block.array.view(np.float32)
     memory[:] = 12345
     program.seal()

@@ -244,7 +244,7 @@ def test_a_shape_needs_no_file(command, monkeypatch):
         (("-o", "csv", "--json"), "--json and -o csv contradict"),
         (("--profile",), "the reference backend keeps no account of its parts; take --backend cpu"),
         (("--profile", "--only", "pp"), "--only pp leaves out"),
-        (("--sparsity", "polar"), "No such option"),
+        (("--sparsity", "polar"), "makes random routers, for the weights of --shape"),
     ],
 )
 def test_bad_values_are_refused_by_name(command, args, message):
