@@ -145,7 +145,7 @@ def settle(layout: Layout | None, kind: str) -> Kernel:
 
     A tile is a piece of a token. Its arguments: scores and bytes between the tokens'; deviations of the words' errors
     (float16) for a sketched input of size 1, how many of them count; sketched inputs, bytes between them and their
-    number (of values, a multiple of 16); borders; what counts selections (words, tokens); tiles, tiles of a piece,
+    number (of values, a multiple of 16); borders; counters of steps, words and tokens; tiles, tiles of a piece,
     pieces; weights, bytes of a tile, x and bytes between the tokens', inputs, bias (0 for none).
     """
     exact = _exact_tile(layout, kind)
@@ -168,5 +168,7 @@ def settle(layout: Layout | None, kind: str) -> Kernel:
             atomic_add(counters + 8, 16 * done)
         if piece == 0:
             atomic_add(counters + 16, 1)
+        if tile == 0:
+            atomic_add(counters, 1)
 
     return settle

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cpu_kernels.compile import Kernel
 from cpu_kernels.head_sketch import border, border_scratch, peaks, settle
+from ondevice.ops.base_skipping import SkippingOps, Tally
 from ondevice.ops.cpu_products import PIECES, record_linear
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_weights import Tiles
@@ -27,33 +28,40 @@ MARGIN = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """Packed tensors of a sketch, and what its kernels count: words and tokens (places 1 and 2)."""
+    """Packed tensors of a sketch, beside the head that it is of.
 
+    Args:
+        counted: by its kernels: steps, words of exact logits, and tokens.
+    """
+
+    head: Tiles
     rotation: list[Tiles]
     fine: list[Tiles]
     coarse: list[Tiles]
     errors: Tiles
-    counted: NDArray[np.int64]
+    counted: NDArray[np.int64] = field(default_factory=lambda: np.zeros(3, np.int64))
+
+    def tally(self) -> Tally:
+        """What was skipped; of bytes at least, since tokens of a step may have needed the same words."""
+        steps, kept, tokens = (int(n) for n in self.counted)
+        own = sum(t.data.nbytes for t in (*self.rotation, *self.fine, *self.coarse, self.errors))
+        read = own * steps + kept * self.head.data.nbytes // (16 * self.head.row_tiles)
+        return Tally(tokens, tokens, kept, tokens * self.head.rows, max(self.head.data.nbytes * steps - read, 0))
 
 
 def pack_sketch(
-    ops: Ops, tensors: Callable[[], SketchTensors], shape: tuple[int, int], counted: NDArray[np.int64]
+    ops: SkippingOps, head: list[Tiles], tensors: Callable[[], SketchTensors], shape: tuple[int, int]
 ) -> Sketch:
-    """Packs a sketch, or takes it from where the table keeps packed weights.
-
-    Args:
-        tensors, shape: as of `Ops.pack_sketch`.
-        counted: receives counts.
-    """
+    """As `Ops.pack_sketch`, from where the table keeps packed weights if it has the sketch there."""
     from ondevice.sparsity.head_sketch import FINE
 
-    (words, width), made = shape, cache(tensors)
+    (words, width), made, table = shape, cache(tensors), cast("Ops", ops)
     return Sketch(
-        ops.kept("sketch.rotation", (width + 1, width), lambda: ops.pack_linear([made().rotation], [None])),
-        ops.kept("sketch.fine", (words, FINE), lambda: ops.pack_linear([made().fine], [made().bias])),
-        ops.kept("sketch.coarse", (words, width - FINE), lambda: ops.pack_linear([made().coarse], [None])),
-        ops.kept("sketch.errors", (words, 1), lambda: ops.pack_embedding(made().errors)),
-        counted,
+        head[0],
+        table.kept("sketch.rotation", (width + 1, width), lambda: table.pack_linear([made().rotation], [None])),
+        table.kept("sketch.fine", (words, FINE), lambda: table.pack_linear([made().fine], [made().bias])),
+        table.kept("sketch.coarse", (words, width - FINE), lambda: table.pack_linear([made().coarse], [None])),
+        table.kept("sketch.errors", (words, 1), lambda: table.pack_embedding(made().errors)),
     )
 
 

@@ -45,7 +45,7 @@ class _Counted:
 
     Args:
         kind: of the tally that it belongs to.
-        units: neurons, inputs or words that there are.
+        units: neurons or inputs that there are.
         unit_bytes: of weights that each of them has.
     """
 
@@ -97,6 +97,7 @@ class CpuSkipping(SkippingOps):
         self._seeds = itertools.count()
         self._one_by_one = False
         self._of_runs: dict[str, Tally] = {}
+        self._sketch: Sketch | None = None
 
     def counts(self) -> dict[str, Tally]:
         kinds = ("ffn", "inputs", "heads", "keys", "words")
@@ -109,6 +110,8 @@ class CpuSkipping(SkippingOps):
             tally.kept += kept
             tally.units += units
             tally.bytes_skipped += round((units - kept) * counted.unit_bytes)
+        if self._sketch is not None:
+            tallies["words"] = self._sketch.tally()
         return tallies
 
     def _count_run(self, each: dict[str, Tally]) -> None:
@@ -158,10 +161,9 @@ class CpuSkipping(SkippingOps):
         return Inputs(parts, self._count("inputs", inputs, sum(p.data.nbytes for p in parts)))
 
     def pack_sketch(self, head: list[Tiles], tensors: Callable[[], SketchTensors], shape: tuple[int, int]) -> Sketch:
-        counted = self._count("words", shape[0], head[0].data.nbytes)
-        sketch = pack_sketch(self, tensors, shape, counted.numbers)
+        self._sketch = pack_sketch(self, head, tensors, shape)
         self._kernels.update(dict.fromkeys(sketch_kernels(head)))
-        return sketch
+        return self._sketch
 
     def head(self, x: Buffer, head: list[Tiles], sketch: Sketch, top: int) -> Buffer:
         return record_head(self._now, x, head, sketch, top)

@@ -70,8 +70,8 @@ def add_sketch(
     spec = decoder.spec
     if spec.d_model % FINE or spec.d_model < 2 * FINE:
         raise OptionError(
-            f"{checkpoint.path}: a sketch of the head needs hidden states of a multiple of {FINE} values, at least "
-            f"{2 * FINE}, not {spec.d_model}: leave sketch_head out"
+            f"a sketch of the head needs hidden states of a multiple of {FINE} values, at least {2 * FINE}, and this "
+            f"{spec.architecture} model's have {spec.d_model}: leave sketch_head out"
         )
 
     def tensors() -> SketchTensors:
@@ -94,11 +94,13 @@ def sketch_tensors(head: Tensor, bias: Tensor | None, states: NDArray[np.float32
     """
     mean, spread = _moments(head)
     directions, rotation = _directions(spread, states)
-    fine, coarse, errors = [], [], []
+    fine: list[Quantized] = []
+    coarse: list[Quantized] = []
+    errors = []
     for rows in _rows(head):
-        turned = (rows - mean) @ directions
-        for parts, values, bits in ((fine, turned[:, :FINE], 4), (coarse, turned[:, FINE:], 2)):
-            parts.append(_rounded(values, bits))
+        turned: NDArray[np.float32] = (rows - mean) @ directions
+        fine.append(_rounded(turned[:, :FINE], 4))
+        coarse.append(_rounded(turned[:, FINE:], 2))
         off = turned - np.concatenate([dequantize(fine[-1]), dequantize(coarse[-1])], axis=1)
         errors.append(np.sqrt((off * off).sum(axis=1, keepdims=True)).astype(np.float16))
     return SketchTensors(_half(np.vstack([rotation, mean])), _joined(fine), _joined(coarse), bias, np.vstack(errors))

@@ -76,6 +76,7 @@ def _numbers(*names: str, default: int | None, low: int, help: str, **extra: Any
     multiple=True,
     help="Run --shape also with a method that skips work, in turn with the dense one; repeat for several; see below.",
 )
+@click.option("--sketch-head", is_flag=True, help="Run also with a sketch of the head, in turn with the model itself.")
 @_numbers(
     *("-t", "--threads"),
     default=None,
@@ -101,6 +102,7 @@ def bench(
     only: str | None,
     repetitions: int,
     sparsity: tuple[str, ...],
+    sketch_head: bool,
     threads: tuple[tuple[int, ...], ...],
     backend: str,
     profile: bool,
@@ -136,7 +138,7 @@ def bench(
         raise click.UsageError(f"--json and -o {output} contradict each other; give one.")
     if profile and only == "pp":
         raise click.UsageError("--profile looks at generation, which --only pp leaves out; drop one of them.")
-    sources = _sources(_source(ctx, model, shape, bits, group_size), sparsity)
+    sources = _sources(_source(ctx, model, shape, bits, group_size), sparsity, sketch_head)
     from ondevice_bench.cases import grid
 
     prompts, generated = (() if only == "tg" else _flat(prompt)), (() if only == "pp" else _flat(generate))
@@ -149,15 +151,16 @@ def bench(
     click.echo(render(rows, "json" if as_json else output or "md"))
 
 
-def _sources(dense: Source, sparsity: tuple[str, ...]) -> list[Source]:
+def _sources(dense: Source, sparsity: tuple[str, ...], sketch_head: bool) -> list[Source]:
     """The dense model, and what else runs in turn with it."""
+    sources = [dense, dataclasses.replace(dense, sketch_head=True)] if sketch_head else [dense]
     if not sparsity:
-        return [dense]
+        return sources
     if dense.bits is None:
         raise click.UsageError(f"--sparsity {sparsity[0]} makes random routers, for the weights of --shape; add it.")
     from ondevice_bench.sparsity import parse
 
-    return [dense, *(dataclasses.replace(dense, sparsity=parse(text)) for text in sparsity)]
+    return [*sources, *(dataclasses.replace(dense, sparsity=parse(text)) for text in sparsity)]
 
 
 def _flat(values: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
@@ -196,7 +199,7 @@ def _run(
     settings = [
         Setting(
             *(source.label, model_bytes(decoder), bits_per_weight(decoder), decoder.ops.name, used, gbs),
-            sparsity=source.sparsity.text if source.sparsity else "dense",
+            sparsity=source.skipping,
         )
         for source, decoder in zip(sources, decoders)
     ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ondevice.checkpoint import open_checkpoint
 from ondevice.decoder import Decoder
 from ondevice.model import compiling_progress, find, op_table
+from ondevice.sparsity.head_sketch import add_sketch
 from ondevice_bench.cases import Case, check
 from ondevice_bench.parts import profile_table
 from ondevice_bench.random_weights import FLOAT_BITS, RandomWeights
@@ -32,12 +33,21 @@ class Source:
         bits: of random weights; None reads a model.
         group_size: of random weights.
         sparsity: a method that skips, with random routers.
+        sketch_head: whether the head has a sketch.
     """
 
     name: str
     bits: int | None = None
     group_size: int = 32
     sparsity: Sparsity | None = None
+    sketch_head: bool = False
+
+    @property
+    def skipping(self) -> str:
+        """What is skipped: "dense", or the methods."""
+        return (
+            "+".join(filter(None, [self.sparsity and self.sparsity.text, "sketch-head" * self.sketch_head])) or "dense"
+        )
 
     @property
     def label(self) -> str:
@@ -76,6 +86,8 @@ def load_decoder(
         weights = cast("Checkpoint", checkpoint)
         with ops.keeping(weights, progress):
             decoder = Decoder(weights, ops, progress)
+            if source.sketch_head:
+                add_sketch(decoder, weights, progress)
     if source.sparsity is not None:
         force(decoder, source.sparsity)
     ops.prepare(decoder.spec, progress and compiling_progress(progress))

@@ -127,7 +127,7 @@ class _Run:
             pass
 
     def _decode(self, position: int) -> None:
-        self.decoder.decode([tokens[position] for tokens in self.tokens], self.cache, range(self.case.batch))
+        self.decoder.decode([tokens[position] for tokens in self.tokens], self.cache, range(self.case.batch), top=1)
 
     def once(self, between: Callable[[], object] | None = None) -> float:
         """Seconds of one repetition."""
