@@ -98,7 +98,7 @@ def sketch_tensors(head: Tensor, bias: Tensor | None, states: NDArray[np.float32
     coarse: list[Quantized] = []
     errors = []
     for rows in _rows(head):
-        turned: NDArray[np.float32] = (rows - mean) @ directions
+        turned = ((rows - mean) @ directions).astype(np.float32, copy=False)
         fine.append(_rounded(turned[:, :FINE], 4))
         coarse.append(_rounded(turned[:, FINE:], 2))
         off = turned - np.concatenate([dequantize(fine[-1]), dequantize(coarse[-1])], axis=1)
