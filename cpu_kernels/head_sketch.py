@@ -63,7 +63,7 @@ def peaks(arguments, tile, thread):
 
 @functools.cache
 def _exact_tile(layout: Layout | None, kind: str):
-    """Function: 16 logits, bit by bit those of the whole product. x: a panel of width 1; a row, if weights are floats."""
+    """Function: 16 logits, to the bit those of the whole product. x: a panel of width 1, or a row for float weights."""
     if layout is None:
         float_tile = float_product(1, kind)
 

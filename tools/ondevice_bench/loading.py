@@ -45,9 +45,8 @@ class Source:
     @property
     def skipping(self) -> str:
         """What is skipped: "dense", or the methods."""
-        return (
-            "+".join(filter(None, [self.sparsity and self.sparsity.text, "sketch-head" * self.sketch_head])) or "dense"
-        )
+        methods = [self.sparsity.text] if self.sparsity else []
+        return "+".join([*methods, "sketch-head"] if self.sketch_head else methods) or "dense"
 
     @property
     def label(self) -> str:
