@@ -17,13 +17,10 @@ from ondevice.ops.base_skipping import SkippingOps, Tally
 from ondevice.ops.cpu_products import PIECES, record_linear
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_weights import Tiles
+from ondevice.sparsity.head_sketch import FINE, MARGIN, SketchTensors
 
 if TYPE_CHECKING:
     from ondevice.ops.base import Ops
-    from ondevice.sparsity.head_sketch import SketchTensors
-
-MARGIN = 4.0
-"""Deviations that a score may be too low by: a normal distribution exceeds them 3 times in 100,000."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +50,6 @@ def pack_sketch(
     ops: SkippingOps, head: list[Tiles], tensors: Callable[[], SketchTensors], shape: tuple[int, int]
 ) -> Sketch:
     """As `Ops.pack_sketch`, from where the table keeps packed weights if it has the sketch there."""
-    from ondevice.sparsity.head_sketch import FINE
-
     (words, width), made, table = shape, cache(tensors), cast("Ops", ops)
     return Sketch(
         head[0],

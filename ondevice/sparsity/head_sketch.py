@@ -3,8 +3,8 @@
 With W the head less the mean of its rows, scores are the mean's product plus (W D) (R x), where R x has uncorrelated
 values of size 1 for hidden states x like the model's own, and W D R = W. The first values are the combinations in which
 logits differ most; they get 4 bits, the others 2. Both parts are turned at random, after which errors of rounding are
-normally distributed: a word's is as large as its row's rounding error times the size of R x. That is a bound that needs
-no calibration. The hidden states only decide how small the errors are, not whether the bound holds.
+normally distributed: a word's is about as large as its row's rounding error times the size of R x. That bound needs no
+calibration. The hidden states that R comes from only decide how small the errors are, not whether the bound holds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ STATES = 512
 """Hidden states that directions are taken from: of one sequence of random words, which costs one short prompt."""
 TRUST = 0.5
 """Weight of what those states show, against all directions being alike: text is not random words."""
+MARGIN = 4.0
+"""Deviations that a word's score may be too low by: a normal distribution exceeds them 3 times in 100,000."""
 LARGEST_GROUP = 512
 ROWS = 4096
 """Of the head that are worked on at once: all as floats would take more memory than the model."""
