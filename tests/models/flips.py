@@ -57,8 +57,9 @@ UNSEEN = {
     "architecture": "a label, which names tensors and messages but not the arithmetic",
     "vocab_size": "the width of the logits: a test of its own",
     "context_length": "a limit: a test of its own",
+    "sparsity": "what is left out: tests of its own, test_sparse_formulas and those beside it",
 }
-"""Fields of ModelSpec that change no logit, and why."""
+"""Fields of ModelSpec that no flip is for, and why."""
 
 ROPE_FLIPS: dict[str, Values] = {
     "dim": lambda r: [r.dim // 2] if r.scaling != "longrope" else [],  # whose factors are as many as dim says
