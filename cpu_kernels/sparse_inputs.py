@@ -44,8 +44,9 @@ def place_of(weight, places, size, table, groups, e):
 
 @numba.njit(error_model="numpy")
 def _fetch(address, nbytes):
-    for line in range(0, nbytes, 64):
-        prefetch_l2(address + line)
+    """Every line that any of these bytes is in."""
+    for line in range(address & -64, address + nbytes, 64):
+        prefetch_l2(line)
 
 
 @functools.cache
