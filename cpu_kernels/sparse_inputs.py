@@ -24,6 +24,7 @@ from cpu_kernels.simd import (
     zeros,
 )
 from cpu_kernels.table import count_of, group_of, neurons_of
+from cpu_kernels.threads import first_tile
 
 F32 = np.float32
 PARTS = 16
@@ -40,6 +41,14 @@ def place_of(weight, places, size, table, groups, e):
     """An entry's weights and neurons, and of how many times four these are. size: of a group of weights."""
     group = weight + group_of(table, e) * 32 // size * places[5]
     return group, neurons_of(table, groups, e), (count_of(table, groups, e) + 3) // 4
+
+
+@numba.njit(error_model="numpy")
+def _coming(weight, places, size, table, groups, e, stop):
+    """`place_of` an entry to be fetched; of nothing from `stop` on."""
+    if e < stop:
+        return place_of(weight, places, size, table, groups, e)
+    return 0, 0, 0
 
 
 @numba.njit(error_model="numpy")
@@ -100,7 +109,8 @@ def _entry(layout: InputLayout, fine: bool = False):
         wide, narrow, biases, rows, narrow_rows, _ = places
         first, last, tail = column
         segments, next_rows = last - first + tail, 4 * next_packs
-        fetch_numbers(next_group, places, column)
+        if next_packs > 0:
+            fetch_numbers(next_group, places, column)
         each = (next_rows + segments - 1) // segments
         for i in range(segments):
             begin, index = i * each, first + i
@@ -127,13 +137,13 @@ def _quantized_part(layout: InputLayout):
 
     @numba.njit(error_model="numpy")
     @named(layout.label)
-    def part(sums, weight, places, column, table, groups, x, begin, end):
+    def part(sums, weight, places, column, table, groups, x, begin, end, stop):
         n = i32_at(table)
         fine = x + fine_at(32 * n, 1) + 64
         fine_end = fine + i64_at(fine - 64) * FINE_GROUP
         for e in range(begin, end):
             place = place_of(weight, places, size, table, groups, e)
-            coming = place_of(weight, places, size, table, groups, min(e + AHEAD, n - 1))
+            coming = _coming(weight, places, size, table, groups, e + AHEAD, stop)
             quads, number = x + 32 * e, x + 32 * n + 4 * e
             d, both, start = f32_at(number), f32_at(number + 4 * n), i32_at(number + 8 * n)
             while fine < fine_end and i32_at(fine) < e:
@@ -154,11 +164,10 @@ def _float_part(layout: InputLayout):
 
     @numba.njit(error_model="numpy")
     @named(layout.label)
-    def part(sums, weight, places, column, table, groups, x, begin, end):
-        n = i32_at(table)
+    def part(sums, weight, places, column, table, groups, x, begin, end, stop):
         for e in range(begin, end):
             place = place_of(weight, places, 32, table, groups, e)
-            coming = place_of(weight, places, 32, table, groups, min(e + AHEAD, n - 1))
+            coming = _coming(weight, places, 32, table, groups, e + AHEAD, stop)
             entry(sums, place, places, column, x + 128 * e, 0, F32(0), 0, F32(0), coming)
 
     return part
@@ -174,6 +183,38 @@ def _joined(parts, part_bytes, n):
     return y
 
 
+@numba.njit(error_model="numpy")
+def _column(which, each, wide, narrow):
+    """Of a column of `each` wide segments: the first, the one behind the last, and how many narrow ones follow."""
+    last = min(which * each + each, wide)
+    return which * each, last, narrow if last == wide else 0
+
+
+@functools.cache
+def fetch_inputs(layout: InputLayout) -> Kernel:
+    """Kernel: asks for the entries that a thread starts with, as many as are fetched ahead later.
+
+    Its arguments: weight, its `Places`, wide segments of a column, table, groups of all inputs, columns and threads.
+    """
+    fetch_numbers, fetch_rows = _fetching(layout)
+    size = layout.group_size if layout.bits else 32
+
+    @kernel(f"fetch inputs {layout.label}")
+    def fetch_inputs(arguments, tile, thread):
+        (weight, wide, narrow, biases, rows, narrow_rows, group_bytes, each, table, groups, columns,
+         threads) = unpack(arguments, "iiiiiiiiiiii")  # fmt: skip
+        places = wide, narrow, biases, rows, narrow_rows, group_bytes
+        n, first = i32_at(table), first_tile(columns * PARTS, thread, threads)
+        column = _column(first // PARTS, each, wide, narrow)
+        begin = first % PARTS * n // PARTS
+        for e in range(begin, min(begin + AHEAD, n)):
+            group, neurons, packs = place_of(weight, places, size, table, groups, e)
+            fetch_numbers(group, places, column)
+            fetch_rows(group, places, column, neurons, 0, 4 * packs)
+
+    return fetch_inputs
+
+
 @functools.cache
 def sparse_input_gemv(layout: InputLayout) -> Kernel:
     """Kernel: out = W x (+ bias) (+ residual) for one token, over the inputs of a table. Tile = column * PARTS + part.
@@ -183,7 +224,8 @@ def sparse_input_gemv(layout: InputLayout) -> Kernel:
 
     Its arguments: out, rows of it in vectors, weight, its `Places`, wide segments of a column, table, groups of all
     inputs, x (a panel of codes, or compact floats) and bytes between those of threads, bytes of the sums of a part and
-    memory for them, counters (a cache line for each column, at first zeros), bias and residual (0 for none).
+    memory for them, counters (a cache line for each column, at first zeros), bias and residual (0 for none), columns
+    and threads.
     """
     part = _quantized_part(layout) if layout.bits else _float_part(layout)
     wide_outputs, narrow_outputs = layout.outputs(True), layout.outputs(False)
@@ -191,11 +233,11 @@ def sparse_input_gemv(layout: InputLayout) -> Kernel:
     @kernel(f"sparse inputs {layout.label}")
     def sparse_inputs(arguments, tile, thread):
         (out, vectors, weight, wide, narrow, biases, rows, narrow_rows, group_bytes, each, table, groups, x, x_each,
-         part_bytes, parts, counters, bias, residual) = unpack(arguments, "iiiiiiiiiiiiiiiiiii")  # fmt: skip
+         part_bytes, parts, counters, bias, residual, columns,
+         threads) = unpack(arguments, "iiiiiiiiiiiiiiiiiiiii")  # fmt: skip
         which, index = tile // PARTS, tile % PARTS
         n = i32_at(table)
-        first, last = which * each, min(which * each + each, wide)
-        tail = narrow if last == wide else 0
+        first, last, tail = _column(which, each, wide, narrow)
         nbytes = 4 * ((last - first) * wide_outputs + tail * narrow_outputs)
         begin, end = index * n // PARTS, (index + 1) * n // PARTS
         if begin < end:
@@ -203,7 +245,10 @@ def sparse_input_gemv(layout: InputLayout) -> Kernel:
             for i in range(0, nbytes, 64):
                 store_f32(sums + i, zeros())
             places = wide, narrow, biases, rows, narrow_rows, group_bytes
-            part(sums, weight, places, (first, last, tail), table, groups, x + thread * x_each, begin, end)
+            # What another thread will start with is not fetched here.
+            after = first_tile(columns * PARTS, thread + 1, threads) - which * PARTS
+            stop = after * n // PARTS if index < after < PARTS else n
+            part(sums, weight, places, (first, last, tail), table, groups, x + thread * x_each, begin, end, stop)
         if atomic_add(counters + 64 * which, 1) % PARTS < PARTS - 1:
             return
         start = 4 * first * wide_outputs

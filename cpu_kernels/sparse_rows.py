@@ -38,18 +38,19 @@ from cpu_kernels.simd import (
     mul,
     offset,
     op,
+    prefetch_l2,
     set_f32,
     set_i32,
     store_f32,
 )
 from cpu_kernels.sum_lanes import sums_of_each
+from cpu_kernels.table import count_of, first_entry, neurons_of
+from cpu_kernels.threads import first_tile
 
 PACK = 4
 """Neurons whose lanes are summed together."""
 AHEAD = 9216
 """Bytes of weights ahead of their use at which those of neurons that do not follow each other are asked for."""
-HEADER = 64
-"""Bytes of a table before its groups."""
 
 
 def packs_ahead(layout: RowLayout | FloatRows) -> int:
@@ -112,22 +113,22 @@ def first_lanes(b, v, n):
 
 
 @numba.njit(error_model="numpy")
-def _list(table, groups, first, end, more, out):
-    """The neurons of some entries one after the other; then at least `more` of what follows, or the last again.
+def _list(table, groups, first, end, stop, more, out):
+    """The neurons of some entries one after the other; then at least `more` of those up to `stop`, or the last again.
 
     Returns how many the entries have.
     """
-    n, at, total = i32_at(table), 0, 0
-    for entry in range(first, n):
+    at, total = 0, 0
+    for entry in range(first, stop):
         if entry == end:
             total = at
         if entry >= end and at >= total + more:
             return total
-        row = table + HEADER + 8 * groups + 128 * entry
+        row = neurons_of(table, groups, entry)
         for i in range(0, 128, 64):
             store_f32(out + 4 * at + i, load_f32(row + i))
-        at += i32_at(table + HEADER + 4 * (groups + entry))
-    total = at if end == n else total
+        at += count_of(table, groups, entry)
+    total = at if end == stop else total
     last = i32_at(out + 4 * at - 4)
     for i in range(at, total + more):
         set_i32(out + 4 * i, last)
@@ -163,10 +164,32 @@ def _activate(sums, factors, count, kind):
 def _spread(out, table, groups, first, end, values):
     """Values of listed neurons to the places of their entries."""
     for entry in range(first, end):
-        count = i32_at(table + HEADER + 4 * (groups + entry))
+        count = count_of(table, groups, entry)
         for i in range(0, 32, 16):
             store_f32(out + 128 * entry + 4 * i, first_lanes(load_f32(values + 4 * i), count - i))
         values += 4 * count
+
+
+@functools.cache
+def fetch_rows(layout: RowLayout) -> Kernel:
+    """Kernel: asks for the neurons that a thread starts with, as many as are fetched ahead later.
+
+    Its arguments: table, G, weights, pieces of work, and threads.
+    """
+    ahead, nbytes = PACK * packs_ahead(layout), layout.neuron_bytes
+
+    @kernel(f"fetch rows {layout.label}")
+    def fetch_rows(arguments, tile, thread):
+        table, groups, weights, pieces, threads = unpack(arguments, "iiiii")
+        first, left = first_entry(table, first_tile(pieces, thread, threads), pieces), ahead
+        for entry in range(first, first_entry(table, first_tile(pieces, thread + 1, threads), pieces)):
+            for i in range(min(count_of(table, groups, entry), left)):
+                neuron = weights + i32_at(neurons_of(table, groups, entry) + 4 * i) * nbytes
+                for line in range(neuron & -64, neuron + nbytes, 64):
+                    prefetch_l2(line)
+                left -= 1
+
+    return fetch_rows
 
 
 @functools.cache
@@ -178,20 +201,22 @@ def sparse_rows(layout: RowLayout | FloatRows) -> Kernel:
 
     Its arguments: out, table, G, weights, the token (codes, or floats) and the bytes between those of threads, pieces
     of work, biases of gate and up and values, all by neuron (0 for none), kind of activation, scratch memory, bytes of
-    it for each thread, and neurons that it has room for.
+    it for each thread, neurons that it has room for, and threads.
     """
     pack_sums, gated, more = _pack_sums(layout), layout.parts == 2, PACK * (packs_ahead(layout) + 2)
 
     @kernel(f"sparse rows {layout.label}")
     def sparse_rows(arguments, piece, thread):
         (out, table, groups, weights, token, token_bytes, pieces, gate_bias, up_bias, values, kind, scratch,
-         scratch_bytes, room) = unpack(arguments, "iiiiiiiiiiiiii")  # fmt: skip
+         scratch_bytes, room, threads) = unpack(arguments, "iiiiiiiiiiiiiii")  # fmt: skip
         n = i32_at(table)
         first, end = piece * n // pieces, (piece + 1) * n // pieces
         if first < end:
             neurons = scratch + thread * scratch_bytes
             sums, others, spare = neurons + 4 * room, neurons + 8 * room, neurons + 12 * room
-            count = _list(table, groups, first, end, more, neurons)
+            # What another thread will start with is not fetched here.
+            stop = end if piece + 1 == first_tile(pieces, thread + 1, threads) else n
+            count = _list(table, groups, first, end, stop, more, neurons)
             for i in range(0, 4 * count, 4 * PACK):
                 pack_sums(sums + i, 4 * room, weights, neurons + i, token + thread * token_bytes)
             if gate_bias != 0:

@@ -116,6 +116,12 @@ def _claim(counter, run, n):
 
 
 @numba.njit(nogil=True, error_model="numpy")
+def first_tile(tiles, thread, threads):
+    """Where a thread's range of an operation's tiles begins, and that of the thread before ends."""
+    return (tiles * thread + threads - 1) // threads
+
+
+@numba.njit(nogil=True, error_model="numpy")
 def _do_tiles(record, counter, run, thread, threads, prepared):
     """Takes tiles of one operation, first of the own range.
 
@@ -126,8 +132,8 @@ def _do_tiles(record, counter, run, thread, threads, prepared):
     done = 0
     for i in range(threads):
         owner = (thread + i) % threads
-        start = (tiles * owner + threads - 1) // threads
-        n = (tiles * (owner + 1) + threads - 1) // threads - start
+        start = first_tile(tiles, owner, threads)
+        n = first_tile(tiles, owner + 1, threads) - start
         while n > 0:
             tile = _claim(counter + LINE * (owner + 1), run, n)
             if tile < 0:
@@ -144,8 +150,8 @@ def _do_tiles(record, counter, run, thread, threads, prepared):
 def _wait(record, counter, goal, thread, threads, fetched):
     """Until an operation's tiles are done. Returns how many bytes of the weights ahead have been fetched."""
     address, each, tiles = i64_at(record + 40), i64_at(record + 48), i64_at(record + 56)
-    start = (tiles * thread + threads - 1) // threads * each
-    limit = min((tiles * (thread + 1) + threads - 1) // threads * each - start, AHEAD)
+    start = first_tile(tiles, thread, threads) * each
+    limit = min(first_tile(tiles, thread + 1, threads) * each - start, AHEAD)
     spins = 0
     while True:
         seen = atomic_load(counter)

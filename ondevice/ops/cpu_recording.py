@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cpu_kernels import codes, rows
 from cpu_kernels.compile import Kernel
+from cpu_kernels.fetch_first import fetch_first
 from ondevice.ops.cpu_program import Block, Program, aligned
 
 
@@ -140,6 +141,13 @@ class Recording:
         arguments = (self.scratch("row", x.stride_bytes), 0, x.stride_bytes, *producer.arguments)
         self.program.add(producer.kernel, x.rows, (*arguments, block.address, 0, 1, 1, x.rows))
         return block, each
+
+    def fetch_first(
+        self, fetch: tuple[Kernel, tuple[Any, ...]], maker: tuple[Kernel, tuple[Any, ...]]
+    ) -> tuple[Kernel, int]:
+        """What threads do before their first tile, when they also ask for its weights: two kernels with arguments."""
+        words = (fetch[0].address, maker[0].address, len(fetch[1]))
+        return fetch_first, self.program.store((*words, *fetch[1], *maker[1]))
 
     def scratch(self, use: str, each: int) -> NDArray[np.uint8]:
         """Scratch for every thread; programs keep the one that they were recorded with alive."""

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from cpu_kernels import chosen_inputs, codes, pack_inputs
 from cpu_kernels.compile import Kernel
+from cpu_kernels.fetch_first import fetch_first
 from cpu_kernels.input_layout import InputLayout, Places
-from cpu_kernels.sparse_inputs import COLUMN, PARTS, sparse_input_gemv
+from cpu_kernels.sparse_inputs import COLUMN, PARTS, fetch_inputs, sparse_input_gemv
 from cpu_kernels.threads import ThreadPool
 from ondevice.checkpoint.quantization import GROUP_SIZES, Quantized, Tensor, dequantize
 from ondevice.errors import OptionError
@@ -110,9 +111,10 @@ def _integers(tensor: Quantized, layout: InputLayout) -> tuple[Any, ...]:
 def input_kernels(weight: Sequence[InputMajor]) -> tuple[Kernel, ...]:
     """Every kernel that products with these weights can need."""
     return (
-        *(sparse_input_gemv(part.layout) for part in weight),
+        *(kernel(part.layout) for part in weight for kernel in (sparse_input_gemv, fetch_inputs)),
         chosen_inputs.quantize_chosen,
         chosen_inputs.gather_chosen,
+        fetch_first,
     )
 
 
@@ -159,26 +161,32 @@ def _record_part(
     each = -(-wide // columns)
     part_bytes = 4 * (each * weight.layout.outputs(True) + narrow * weight.layout.outputs(False))
     parts = Block(recording.program.memory, columns * PARTS * part_bytes)
-    x, x_each, first = _inputs(recording, h, table, weight, compact)
+    whole = (columns, recording.threads)
+    fetched = (weight.data, *weight.places, each, table, weight.groups, *whole)
+    x, x_each, first = _inputs(recording, h, table, weight, compact, fetched)
     place = (out, -(-weight.rows // 16), weight.data, *weight.places, each, table, weight.groups, x, x_each)
     counters, bias = np.zeros(columns * 8, np.int64), 0 if weight.bias is None else weight.bias
-    arguments = (*place, part_bytes, parts.address, counters, bias, residual)
+    arguments = (*place, part_bytes, parts.address, counters, bias, residual, *whole)
     work = weight.inputs * weight.rows * (1 if weight.layout.bits else 4)
     recording.program.add(sparse_input_gemv(weight.layout), columns * PARTS, arguments, first=first, work=work)
 
 
 def _inputs(
-    recording: Recording, h: Buffer, table: int, weight: InputMajor, compact: bool
-) -> tuple[Any, int, tuple[Kernel, int] | None]:
-    """What the kernel multiplies: its address, the bytes between the copies of threads, and how they make them."""
+    recording: Recording, h: Buffer, table: int, weight: InputMajor, compact: bool, fetched: tuple[Any, ...]
+) -> tuple[Any, int, tuple[Kernel, int]]:
+    """What the kernel multiplies: its address, the bytes between the copies of threads, and how they make them.
+
+    fetched: arguments of what asks for weights meanwhile.
+    """
     groups, row_bytes = weight.groups, 128 * weight.groups
     row = recording.scratch("row", row_bytes) if not compact else 0
-    store = recording.program.store
+    fetch = fetch_inputs(weight.layout), fetched
     if weight.layout.bits:
         each = codes.panel_bytes(32 * groups, 1)
         panel = recording.scratch("panel", each)
         arguments = (panel, each, h.address, table, groups, weight.inputs, row, row_bytes)
-        return panel, each, (chosen_inputs.quantize_chosen, store(arguments))
+        return panel, each, recording.fetch_first(fetch, (chosen_inputs.quantize_chosen, arguments))
     if compact:
-        return h.address, 0, None
-    return row, row_bytes, (chosen_inputs.gather_chosen, store((row, row_bytes, h.address, table, groups)))
+        return h.address, 0, (fetch[0], recording.program.store(fetched))
+    gathered = (row, row_bytes, h.address, table, groups)
+    return row, row_bytes, recording.fetch_first(fetch, (chosen_inputs.gather_chosen, gathered))

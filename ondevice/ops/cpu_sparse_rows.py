@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from cpu_kernels import codes, pack_neurons
 from cpu_kernels.compile import Kernel
+from cpu_kernels.fetch_first import fetch_first
 from cpu_kernels.float_rows import FloatRows
 from cpu_kernels.row_codes import row_codes, row_codes_bytes
 from cpu_kernels.row_layout import RowLayout
-from cpu_kernels.sparse_rows import most_neurons, scratch_bytes, sparse_rows
+from cpu_kernels.sparse_rows import fetch_rows, most_neurons, scratch_bytes, sparse_rows
 from cpu_kernels.threads import ThreadPool
 from cpu_kernels.tiles import Layout
 from ondevice.checkpoint.quantization import Quantized, Tensor, dequantize
@@ -137,7 +138,9 @@ def _write_floats(pool: ThreadPool, floats: FloatRows, tensors: list[Tensor], da
 
 def row_kernels(rows: NeuronRows) -> tuple[Kernel, ...]:
     """Every kernel that products with these neurons can need."""
-    return (sparse_rows(rows.layout), row_codes) if isinstance(rows.layout, RowLayout) else (sparse_rows(rows.layout),)
+    layout = rows.layout
+    own = (fetch_rows(layout), row_codes, fetch_first) if isinstance(layout, RowLayout) else ()
+    return sparse_rows(layout), *own
 
 
 def record_rows(
@@ -163,14 +166,19 @@ def record_rows(
     if x.rows != 1:
         raise ValueError(f"{x.rows} tokens; rows by neuron are multiplied with one")
     layout = rows.layout
-    token = _own_row_codes(recording, x, layout) if isinstance(layout, RowLayout) else recording.own_floats(x)
-    out = recording.new(1, 32 * rows.groups)
     pieces = min(rows.groups, PIECES * recording.threads)
+    fetched = (table, rows.groups, rows.data, pieces, recording.threads)
+    token: tuple[Any, int, tuple[Kernel, int] | None]
+    if isinstance(layout, RowLayout):
+        token = _own_row_codes(recording, x, layout, (fetch_rows(layout), fetched))
+    else:
+        token = recording.own_floats(x)
+    out = recording.new(1, 32 * rows.groups)
     extra = [0 if a is None else a for a in (rows.gate_bias, rows.up_bias)]
     given = recording.floats(values).address if values else 0
     entries = -(-rows.groups // pieces)
     room, scratch_each = most_neurons(layout, entries), scratch_bytes(layout, entries)
-    scratch = (recording.scratch("rows of neurons", scratch_each), scratch_each, room)
+    scratch = (recording.scratch("rows of neurons", scratch_each), scratch_each, room, recording.threads)
     arguments = (out.address, table, rows.groups, rows.data, *token[:2], pieces, *extra, given, activation, *scratch)
     work = layout.inputs * rows.neurons * layout.parts
     kernel = sparse_rows(layout)
@@ -178,12 +186,17 @@ def record_rows(
     return out
 
 
-def _own_row_codes(recording: Recording, x: Buffer, layout: RowLayout) -> tuple[Any, int, tuple[Kernel, int]]:
-    """Each thread's own codes by segment: where, bytes between the threads' copies, and how they make them."""
+def _own_row_codes(
+    recording: Recording, x: Buffer, layout: RowLayout, fetch: tuple[Kernel, tuple[Any, ...]]
+) -> tuple[Any, int, tuple[Kernel, int]]:
+    """Each thread's own codes by segment: where, bytes between the threads' copies, and how they make them.
+
+    fetch: what asks for weights meanwhile.
+    """
     producer = recording.producer_of_codes(x)
     row, panel_bytes, each = x.stride_bytes, codes.panel_bytes(x.width, 1), row_codes_bytes(layout)
     panel, out = recording.scratch("panel", panel_bytes), recording.scratch("row codes", each)
     middle = 1 << layout.tiles.bits - 1 if layout.tiles.symmetric else 0
     place = (producer.kernel.address, panel, panel_bytes, out, each, x.width, layout.parts, middle)
     made = (recording.scratch("row", row), 0, row, *producer.arguments, panel, panel_bytes, 1, 1, 1)
-    return out, each, (row_codes, recording.program.store((*place, *made)))
+    return out, each, recording.fetch_first(fetch, (row_codes, (*place, *made)))
