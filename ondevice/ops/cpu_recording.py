@@ -69,7 +69,7 @@ class Recording:
     Args:
         program: receives them.
         threads: that will run it.
-        scratch: memory of each use that threads have, shared by a table's programs; grows here.
+        scratch: memory that threads have for each use, shared by a table's programs; grows here.
     """
 
     def __init__(self, program: Program, threads: int, scratch: dict[str, NDArray[np.uint8]]) -> None:
@@ -98,7 +98,7 @@ class Recording:
         """A single row of floats: its address, the bytes between the copies of threads, and how they make them."""
         if x.block is not None or x.producer is None:
             return x.address, 0, None
-        row = self.scratch("row", x.stride_bytes)
+        row = self.own_scratch("row", x.stride_bytes)
         arguments = (row, 0, x.stride_bytes, *x.producer.arguments, 0, 0, 1, 1, 1)
         return row, x.stride_bytes, (x.producer.kernel, self.program.store(arguments))
 
@@ -108,7 +108,7 @@ class Recording:
         Rounding a row takes less time than waiting for another thread to do it.
         """
         each = codes.panel_bytes(x.width, 1)
-        panel, row = self.scratch("panel", each), self.scratch("row", x.stride_bytes)
+        panel, row = self.own_scratch("panel", each), self.own_scratch("row", x.stride_bytes)
         if x.first is None:
             producer = self.producer_of_codes(x)
             arguments = (row, 0, x.stride_bytes, *producer.arguments, panel, each, 1, 1, 1)
@@ -138,7 +138,7 @@ class Recording:
         """int8 codes of rows, each a panel of width 1: their memory, and the bytes between them."""
         each, producer = codes.panel_bytes(x.width, 1), self.producer_of_codes(x)
         block = Block(self.program.memory, x.rows * each)
-        arguments = (self.scratch("row", x.stride_bytes), 0, x.stride_bytes, *producer.arguments)
+        arguments = (self.own_scratch("row", x.stride_bytes), 0, x.stride_bytes, *producer.arguments)
         self.program.add(producer.kernel, x.rows, (*arguments, block.address, 0, 1, 1, x.rows))
         return block, each
 
@@ -154,3 +154,10 @@ class Recording:
         if len(self._scratch.get(use, ())) < each * self.threads:
             self._scratch[use] = aligned(each * self.threads)
         return self._scratch[use]
+
+    def own_scratch(self, use: str, each: int) -> NDArray[np.uint8]:
+        """Scratch whose pieces only their own threads ever write to, so that what they made there stays.
+
+        A thread may need it after operations that others did alone. So pieces of another size are other memory.
+        """
+        return self.scratch(f"{use} of {each}", each)

@@ -179,11 +179,11 @@ def _inputs(
     fetched: arguments of what asks for weights meanwhile.
     """
     groups, row_bytes = weight.groups, 128 * weight.groups
-    row = recording.scratch("row", row_bytes) if not compact else 0
+    row = recording.own_scratch("row", row_bytes) if not compact else 0
     fetch = fetch_inputs(weight.layout), fetched
     if weight.layout.bits:
         each = codes.panel_bytes(32 * groups, 1)
-        panel = recording.scratch("panel", each)
+        panel = recording.own_scratch("panel", each)
         arguments = (panel, each, h.address, table, groups, weight.inputs, row, row_bytes)
         return panel, each, recording.fetch_first(fetch, (chosen_inputs.quantize_chosen, arguments))
     if compact:

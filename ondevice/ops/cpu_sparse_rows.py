@@ -195,8 +195,8 @@ def _own_row_codes(
     """
     producer = recording.producer_of_codes(x)
     row, panel_bytes, each = x.stride_bytes, codes.panel_bytes(x.width, 1), row_codes_bytes(layout)
-    panel, out = recording.scratch("panel", panel_bytes), recording.scratch("row codes", each)
+    panel, out = recording.own_scratch("panel", panel_bytes), recording.own_scratch("row codes", each)
     middle = 1 << layout.tiles.bits - 1 if layout.tiles.symmetric else 0
     place = (producer.kernel.address, panel, panel_bytes, out, each, x.width, layout.parts, middle)
-    made = (recording.scratch("row", row), 0, row, *producer.arguments, panel, panel_bytes, 1, 1, 1)
+    made = (recording.own_scratch("row", row), 0, row, *producer.arguments, panel, panel_bytes, 1, 1, 1)
     return out, each, recording.fetch_first(fetch, (row_codes, (*place, *made)))

@@ -12,7 +12,10 @@ from ondevice.checkpoint.quantization import Quantized, dequantize, quantize
 from ondevice.generation.kv_cache import KVCache
 from ondevice.ops.base import Ops, Step
 from ondevice.ops.cpu import CpuOps
+from ondevice.ops.cpu_program import Program
+from ondevice.ops.cpu_recording import Recording
 from ondevice.ops.reference import ReferenceOps
+from tests.kernels.recorded import put
 from tests.kernels.rounding import rounded
 from tests.kernels.tables import run_rows
 from tests.tiny import tiny_spec
@@ -244,3 +247,15 @@ def test_attention(ops: Ops, case: tuple[Any, ...]) -> None:
             cache.lengths[:] = end
         results.append(got)
     assert np.abs(results[0] - results[1]).max() < 3e-6 * max(1, np.abs(results[1]).max())
+
+
+@pytest.mark.parametrize("widths", [(512, 128), (128, 512)])
+def test_no_thread_writes_where_another_has_made_codes(widths: tuple[int, int]) -> None:
+    recording = Recording(Program(), 2, {})
+    pieces = []
+    for width in widths:
+        memory, each = recording.own_codes(put(recording, np.ones((1, width), np.float32)))
+        pieces += [(thread, memory.ctypes.data + thread * each, each) for thread in range(2)]
+    for thread, start, each in pieces:
+        for other, first, size in pieces:
+            assert thread == other or start + each <= first or first + size <= start

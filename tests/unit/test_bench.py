@@ -228,6 +228,19 @@ def test_a_shape_needs_no_file(command, monkeypatch):
     assert row["model"] == "qwen2.5-0.5b shape, random 8-bit g32"
 
 
+def test_what_skips_is_compared_with_what_has_the_same_head(command, monkeypatch):
+    small = {"hidden_size": 128, "intermediate_size": 96, "vocab_size": 96, "num_hidden_layers": 1}
+    spec = shape_spec("smollm2-135m", **small, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    monkeypatch.setattr("ondevice_bench.loading.shape_spec", lambda name: spec)
+    args = ["bench", "--shape", "smollm2-135m", "--only", "tg", "-n", "2", "-r", "2", "--sparsity", "lte", "--json"]
+    whole, skipping = json.loads(CliRunner().invoke(cli, args).stdout)
+    assert (whole["speedup"], skipping["sparsity"]) == (None, "lte")
+    rows = json.loads(CliRunner().invoke(cli, [*args, "--sketch-head"]).stdout)
+    assert [row["sparsity"] for row in rows] == ["dense", "sketch-head", "lte+sketch-head"]
+    assert rows[1]["speedup"] == rows[1]["median_ts"] / rows[0]["median_ts"]
+    assert rows[2]["speedup"] == rows[2]["median_ts"] / rows[1]["median_ts"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

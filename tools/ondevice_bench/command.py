@@ -76,7 +76,7 @@ def _numbers(*names: str, default: int | None, low: int, help: str, **extra: Any
     multiple=True,
     help="Run --shape also with a method that skips work, in turn with the dense one; repeat for several; see below.",
 )
-@click.option("--sketch-head", is_flag=True, help="Run also with a sketch of the head, in turn with the model itself.")
+@click.option("--sketch-head", is_flag=True, help="Run also with a sketch of the head, in turn with the model.")
 @_numbers(
     *("-t", "--threads"),
     default=None,
@@ -128,7 +128,8 @@ def bench(
     neurons that run; polar also knows rows=published), block (neurons of a group), heads (part of the heads), tokens
     (keys that spark attends to), rank and width (of routers), as in lte:rows=0.5,block=32. The method's selector runs
     and is measured, then a fresh random list of the wanted length replaces its result for every token and layer.
-    Spark's counterpart is the dense shape with as many weights.
+    Spark's counterpart is the dense shape with as many weights. With --sketch-head all methods have the sketch too, and
+    their speed-up is over the dense shape that has it.
 
     Shapes: smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, gemma-2-2b, gemma-3-1b, llama-3.2-1b, llama-3.1-8b, llama-2-7b,
     opt-125m, opt-1.3b, opt-6.7b. Their weights are random codes without biases, as in GGUF's Q4_0 and Q8_0, head and
@@ -152,7 +153,7 @@ def bench(
 
 
 def _sources(dense: Source, sparsity: tuple[str, ...], sketch_head: bool) -> list[Source]:
-    """The dense model, and what else runs in turn with it."""
+    """The dense model, and what else runs in turn with it: with a sketch of the head too, if there is any."""
     sources = [dense, dataclasses.replace(dense, sketch_head=True)] if sketch_head else [dense]
     if not sparsity:
         return sources
@@ -160,7 +161,7 @@ def _sources(dense: Source, sparsity: tuple[str, ...], sketch_head: bool) -> lis
         raise click.UsageError(f"--sparsity {sparsity[0]} makes random routers, for the weights of --shape; add it.")
     from ondevice_bench.sparsity import parse
 
-    return [*sources, *(dataclasses.replace(dense, sparsity=parse(text)) for text in sparsity)]
+    return [*sources, *(dataclasses.replace(sources[-1], sparsity=parse(text)) for text in sparsity)]
 
 
 def _flat(values: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
@@ -207,5 +208,7 @@ def _run(
         # One line before each test: a bar that moves would take time from what is measured.
         click.echo(f"measuring {case.name} ({i} of {len(cases)}) ...", err=True)
         results = in_turn(decoders, case, repetitions, profile)
-        for setting, result in zip(settings, results):
-            yield row(setting, result, None if result is results[0] else results[0])
+        for source, setting, result in zip(sources, settings, results):
+            # What skips in its layers is compared with what has the same head.
+            other = results[1] if source.sketch_head and source.sparsity else results[0]
+            yield row(setting, result, None if result is results[0] else other)

@@ -85,10 +85,11 @@ def load_decoder(
         weights = cast("Checkpoint", checkpoint)
         with ops.keeping(weights, progress):
             decoder = Decoder(weights, ops, progress)
+            if source.sparsity is not None:
+                force(decoder, source.sparsity)
             if source.sketch_head:
+                # After that: hidden states as they will be.
                 add_sketch(decoder, weights, progress)
-    if source.sparsity is not None:
-        force(decoder, source.sparsity)
     ops.prepare(decoder.spec, progress and compiling_progress(progress))
     return decoder
 
