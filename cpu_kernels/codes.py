@@ -77,6 +77,13 @@ def vector_widths() -> tuple[int, ...]:
     return (12, 8, 4) if instruction_set() == "vnni512" else (4,)
 
 
+def last_width(tokens: int) -> int:
+    """Tokens of the last panel of so many: the fewest that hold what is left."""
+    widths = panel_widths()
+    rest = tokens % widths[0] or widths[0]
+    return min(width for width in widths if width >= rest)
+
+
 @numba.njit(error_model="numpy")
 def panel_bytes(n, width):
     """Bytes of a panel."""

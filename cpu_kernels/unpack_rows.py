@@ -1,4 +1,4 @@
-"""Rows of picked neurons as a tile of 16 rows, unpacked as `unpacked` describes: what products with panels read."""
+"""Rows of picked neurons as a tile of 16 rows: unpacked as `unpacked` describes, or floats [inputs][16 rows]."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cpu_kernels import simd
+from cpu_kernels.float_linear import LOADS
+from cpu_kernels.float_rows import FloatRows
 from cpu_kernels.row_layout import RowLayout
 from cpu_kernels.simd import I64, LANES, offset
 from cpu_kernels.transpose import transpose
@@ -31,13 +33,8 @@ def unpack_rows(layout: RowLayout, part: int):
     def unpack_rows(context, unpacked, weights, neurons, count):
         def codegen(ctx, b, signature, args):
             unpacked, weights, neurons, count = args
-            last, rows = b.sub(count, I64(1)), []
-            for i in range(LANES):
-                listed = b.select(b.icmp_signed("<", I64(i), last), I64(i), last)
-                number = simd.i32_at.build(b, b.add(neurons, b.shl(listed, I64(2))))
-                rows.append(b.add(weights, b.mul(number, I64(layout.neuron_bytes))))
             place = cgutils.alloca_once(b, I64, LANES)
-            for i, row in enumerate(rows):
+            for i, row in enumerate(_neurons(b, layout, weights, neurons, count)):
                 b.store(row, b.gep(place, [I64(i)]))
             if layout.n_whole:
                 run = (layout.whole, part, 0, 0, 16)
@@ -52,6 +49,42 @@ def unpack_rows(layout: RowLayout, part: int):
         return types.void(*[types.int64] * 4), codegen
 
     return unpack_rows
+
+
+@functools.cache
+def unpack_float_rows(layout: FloatRows, part: int):
+    """The same for floats."""
+    load, size = LOADS[layout.kind]
+
+    @intrinsic
+    def unpack_float_rows(context, unpacked, weights, neurons, count):
+        def codegen(ctx, b, signature, args):
+            unpacked, weights, neurons, count = args
+            place = cgutils.alloca_once(b, I64, LANES)
+            for i, row in enumerate(_neurons(b, layout, weights, neurons, count)):
+                b.store(offset(b, row, part * layout.row_bytes), b.gep(place, [I64(i)]))
+            # Rows have zeros up to a whole vector.
+            with cgutils.for_range(b, I64(-(-layout.inputs // LANES))) as loop:
+                moved = b.mul(loop.index, I64(LANES * size))
+                rows = [load.build(b, b.add(b.load(b.gep(place, [I64(i)])), moved)) for i in range(LANES)]
+                at = b.add(unpacked, b.mul(loop.index, I64(LANES * 64)))
+                for i, column in enumerate(transpose(b, rows)):
+                    simd.store_f32.build(b, offset(b, at, 64 * i), column)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return unpack_float_rows
+
+
+def _neurons(b, layout, weights, neurons, count):
+    """Addresses of 16 listed neurons, of which there are fewer: then again that of the last."""
+    last, found = b.sub(count, I64(1)), []
+    for i in range(LANES):
+        listed = b.select(b.icmp_signed("<", I64(i), last), I64(i), last)
+        number = simd.i32_at.build(b, b.add(neurons, b.shl(listed, I64(2))))
+        found.append(b.add(weights, b.mul(number, I64(layout.neuron_bytes))))
+    return found
 
 
 def _run(b, layout, run, place, distance, unpacked):

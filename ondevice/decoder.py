@@ -75,9 +75,8 @@ class Decoder:
         """
         cache.reserve(slot, len(tokens))
         ids = np.asarray(tokens, np.int32)
-        each = self.ops.step_tokens(PREFILL_CHUNK)
-        for start in range(0, len(ids), each):
-            chunk = ids[start : start + each]
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            chunk = ids[start : start + PREFILL_CHUNK]
             n, first = len(chunk), int(cache.lengths[slot])
             last = start + n == len(ids)
             outputs = np.arange(n) if all_logits else np.arange(n - 1, n) if last else np.arange(0)

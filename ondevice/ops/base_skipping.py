@@ -53,10 +53,6 @@ class SkippingOps:
             "run it dense (dense=True) or take --backend reference"
         )
 
-    def step_tokens(self, most: int) -> int:
-        """Tokens of a prompt that are best run at once, at most `most`."""
-        return most
-
     def pack_ffn(
         self,
         gate: Tensor | None,

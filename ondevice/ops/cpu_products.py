@@ -97,7 +97,7 @@ def _gemv(recording: Recording, place: _Place, layout: Layout, x: Buffer, extra:
 def _gemm(recording: Recording, place: _Place, layout: Layout, x: Buffer, extra: tuple[Any, ...]) -> None:
     address, last = recording.panels(x)
     n_panels = -(-x.rows // codes.panel_widths()[0])
-    each, scratch = _share(recording, place.pieces, n_panels), gemm_scratch(layout, x.width)
+    each, scratch = share(recording, place.pieces, n_panels), gemm_scratch(layout, x.width)
     shape = (address, x.rows, each, x.width, last)
     arguments = (place.out, place.stride, *place.tile, *shape, *extra, recording.scratch("gemm", scratch))
     tiles, work = place.pieces * -(-n_panels // each), x.rows * x.width * place.tiles.rows
@@ -107,7 +107,7 @@ def _gemm(recording: Recording, place: _Place, layout: Layout, x: Buffer, extra:
 def _float_linear(recording: Recording, place: _Place, x: Buffer, extra: tuple[Any, ...]) -> None:
     n, form = x.rows, place.tiles.format
     address, thread_bytes, first = recording.own_floats(x) if n == 1 else (recording.floats(x).address, 0, None)
-    each, scratch = _share(recording, place.pieces, n), float_scratch()
+    each, scratch = share(recording, place.pieces, n), float_scratch()
     shape = (address, x.stride_bytes, thread_bytes, n, each, form.inputs)
     arguments = (place.out, place.stride, *place.tile, *shape, *extra, recording.scratch("float", scratch))
     tiles, work = place.pieces * -(-n // each), n * form.inputs * place.tiles.rows
@@ -115,7 +115,7 @@ def _float_linear(recording: Recording, place: _Place, x: Buffer, extra: tuple[A
     recording.program.add(kernel, tiles, (*arguments, scratch), first=first, weights=place.weights, work=4 * work)
 
 
-def _share(recording: Recording, pieces: int, n: int) -> int:
+def share(recording: Recording, pieces: int, n: int) -> int:
     """How many of n tokens or panels are one piece of work, if there are so many pieces along the rows."""
     parts = min(-(-PIECES * recording.threads // pieces), -(-n // 4))
     return -(-n // parts)

@@ -56,12 +56,6 @@ class Buffer:
         """Bytes between rows."""
         return self.stride * 4
 
-    def row(self, index: int) -> Buffer:
-        """One row of floats that have been made; of a single row, the buffer itself."""
-        if self.rows == 1:
-            return self
-        return Buffer(1, self.width, self.stride, self.block, self.address + index * self.stride_bytes)
-
 
 class Recording:
     """A program while operations are added to it.
@@ -123,9 +117,7 @@ class Recording:
 
     def panels(self, x: Buffer) -> tuple[int, int]:
         """int8 codes of several rows: their address, and the width of the last panel."""
-        widest, *_ = widths = codes.panel_widths()
-        rest = x.rows % widest or widest
-        last = min(w for w in widths if w >= rest)
+        widest, last = codes.panel_widths()[0], codes.last_width(x.rows)
         if x.panels is None:
             x.panels = Block(self.program.memory, -(-x.rows // widest) * codes.panel_bytes(x.width, widest))
             each, producer = widest * x.stride_bytes, self.producer_of_codes(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,20 @@ from cpu_kernels import rows
 from cpu_kernels.compile import Kernel
 from cpu_kernels.threads import ThreadPool
 from ondevice.checkpoint.quantization import Quantized, Tensor
-from ondevice.ops import cpu_selection, cpu_sparse_inputs, cpu_sparse_tiles
+from ondevice.ops import cpu_selection
 from ondevice.ops.base_skipping import SkippingOps, Tally
 from ondevice.ops.cpu_activations import ACTIVATIONS
 from ondevice.ops.cpu_attention import HeadMask, record_topk_attention
+from ondevice.ops.cpu_chosen_gemm import (
+    ManyTokens,
+    Union,
+    many_input_kernels,
+    many_kernels,
+    many_of_neurons,
+    many_of_tiles,
+    record_many,
+    record_many_inputs,
+)
 from ondevice.ops.cpu_grouped import Experts, grouped_kernels, record_grouped
 from ondevice.ops.cpu_head_sketch import Sketch, pack_sketch, record_head, sketch_kernels
 from ondevice.ops.cpu_memory import WeightMemory
@@ -33,8 +43,6 @@ if TYPE_CHECKING:
     from ondevice.ops.base import Step
     from ondevice.sparsity.head_sketch import SketchTensors
 
-ONE_BY_ONE = 8
-"""Tokens of a step where FFNs or linears run token by token: more would only make programs longer."""
 BLOCK = 32
 """Neurons from which on blocks are whole tiles, which are faster than single neurons."""
 
@@ -61,14 +69,18 @@ class _ByNeuron:
 
     up: NeuronRows
     down: InputMajor
-    valued: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Ffn:
-    """An FFN of which each token may run a part."""
+    """An FFN of which each token may run a part.
+
+    Args:
+        many: what several tokens run; None where they run experts.
+    """
 
     weights: SparseTiles | _ByNeuron
+    many: ManyTokens | None
     neurons: int
     counted: _Counted
 
@@ -95,7 +107,6 @@ class CpuSkipping(SkippingOps):
     def __init__(self) -> None:
         self._counted: list[_Counted] = []
         self._seeds = itertools.count()
-        self._one_by_one = False
         self._of_runs: dict[str, Tally] = {}
         self._sketch: Sketch | None = None
 
@@ -143,21 +154,23 @@ class CpuSkipping(SkippingOps):
         if block % BLOCK == 0 and all(isinstance(t, Quantized) for t in tensors):
             biases = (gate_bias, up_bias, down_bias)
             weights = pack_tiles(self.pool, self._memory, gate, up, down, biases, valued)
-            kernels = (*tiles_kernels(weights), *(() if valued else grouped_kernels(weights)))
+            many = many_of_tiles(weights) if valued else None
+            kernels = (*tiles_kernels(weights), *(many_kernels(many) if many else grouped_kernels(weights)))
             nbytes = weights.up.data.nbytes + weights.down.data.nbytes
         else:
             first = pack_neuron_rows(self.pool, self._memory, gate, up, gate_bias, up_bias)
             inputs = pack_input_major(self.pool, self._memory, down, down_bias)
-            weights = _ByNeuron(first, inputs, valued)
-            self._one_by_one = True
-            kernels, nbytes = (*row_kernels(first), *input_kernels([inputs])), first.data.nbytes + inputs.data.nbytes
+            weights, many = _ByNeuron(first, inputs), many_of_neurons(first, inputs, valued)
+            kernels = (*row_kernels(first), *input_kernels([inputs]), *many_kernels(many))
+            nbytes = first.data.nbytes + inputs.data.nbytes
         self._kernels.update(dict.fromkeys((*kernels, *cpu_selection.KERNELS)))
-        return Ffn(weights, up.shape[0], self._count("ffn", up.shape[0], nbytes))
+        return Ffn(weights, many, up.shape[0], self._count("ffn", up.shape[0], nbytes))
 
     def pack_input_major(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Inputs:
         parts = [pack_input_major(self.pool, self._memory, w, b) for w, b in zip(weights, biases)]
-        self._kernels.update(dict.fromkeys((*input_kernels(parts), *cpu_selection.KERNELS)))
-        inputs, self._one_by_one = parts[0].inputs, True
+        kernels = (*input_kernels(parts), *many_input_kernels(parts), *cpu_selection.KERNELS)
+        self._kernels.update(dict.fromkeys(kernels))
+        inputs = parts[0].inputs
         return Inputs(parts, self._count("inputs", inputs, sum(p.data.nbytes for p in parts)))
 
     def pack_sketch(self, head: list[Tiles], tensors: Callable[[], SketchTensors], shape: tuple[int, int]) -> Sketch:
@@ -230,31 +243,24 @@ class CpuSkipping(SkippingOps):
         weights, kind, now = ffn.weights, ACTIVATIONS[activation], self._now
         if selection is None:
             now.program.count("ffn", None, 0)
-        values = None if selection is None or selection.values is None else now.floats(selection.values)
-        if x.rows > 1 and isinstance(weights, SparseTiles) and weights.mode != "valued":
+        residual = None if residual is None else now.floats(residual)
+        if x.rows != 1 and isinstance(weights, SparseTiles) and ffn.many is None:
             return record_grouped(now, x, weights, self._experts(selection, ffn), kind, residual)
-        x, residual = self._read_by_all(x, residual)
+        table = self._table(selection, ffn.counted)
+        values = None if selection is None or selection.values is None else now.floats(selection.values)
+        if x.rows != 1 and ffn.many is not None:
+            return record_many(now, x, ffn.many, _union(table, values), kind, residual)
         if isinstance(weights, SparseTiles):
-            out = cpu_sparse_tiles.new_outputs(now, weights, x.rows)
-        else:
-            out = cpu_sparse_inputs.new_outputs(now, [weights.down], x.rows)
-        for token, table in enumerate(self._tables(selection, x.rows, ffn.counted)):
-            mine, own = x.row(token), None if values is None else values.row(token)
-            rest, place = None if residual is None else residual.row(token), out.row(token)
-            if isinstance(weights, SparseTiles):
-                record_tiles(now, mine, weights, Chosen(table.address, own), kind, rest, place)
-            else:
-                h = record_rows(now, mine, weights.up, table.address, kind, own)
-                record_inputs(now, h, table.address, [weights.down], rest, out=place)
-        return out
+            return record_tiles(now, x, weights, Chosen(table.address, values), kind, residual)
+        h = record_rows(now, x, weights.up, table.address, kind, values)
+        return record_inputs(now, h, table.address, [weights.down], residual)
 
     def sparse_linear(self, x: Buffer, weight: Inputs, selection: Selection, residual: Buffer | None = None) -> Buffer:
-        x, residual = self._read_by_all(x, residual)
-        out = cpu_sparse_inputs.new_outputs(self._now, weight.weights, x.rows)
-        for token, table in enumerate(self._tables(selection, x.rows, weight.counted)):
-            rest, place = None if residual is None else residual.row(token), out.row(token)
-            record_inputs(self._now, x.row(token), table.address, weight.weights, rest, compact=False, out=place)
-        return out
+        residual = None if residual is None else self._now.floats(residual)
+        table = self._table(selection, weight.counted)
+        if x.rows != 1:
+            return record_many_inputs(self._now, x, weight.weights, _union(table), residual)
+        return record_inputs(self._now, x, table.address, weight.weights, residual, compact=False)
 
     def _experts(self, selection: Selection | None, ffn: Ffn) -> Experts:
         """Each token's blocks; the whole layer is one block."""
@@ -266,29 +272,23 @@ class CpuSkipping(SkippingOps):
         cpu_selection.record_table(self._now, made, False, ffn.counted.numbers)
         return Experts(made.mask.address, cpu_selection.mask_bytes(made.units) if made.rows > 1 else 0, made.units)
 
-    def _read_by_all(self, x: Buffer, residual: Buffer | None) -> tuple[Buffer, Buffer | None]:
-        """The floats of several tokens, of which each is then a row. A single token can stay what it is."""
-        if x.rows > 1:
-            self._now.floats(x)
-        return x, None if residual is None else self._now.floats(residual)
-
-    def _tables(self, selection: Selection | None, tokens: int, counted: _Counted) -> Iterator[cpu_selection.Table]:
-        """Each token's table, recorded when it is asked for: tokens run one after the other."""
+    def _table(self, selection: Selection | None, counted: _Counted) -> cpu_selection.Table:
+        """The table of what any token needs."""
         if selection is None:
             everything = cpu_selection.table_of_everything(counted.units)
             self._now.program.keep(everything)
-            yield from [everything] * tokens
-        elif tokens == 1:
-            yield cpu_selection.record_table(self._now, selection.mask, False, counted.numbers)
-        else:
-            for token in range(tokens):
-                yield cpu_selection.record_token_table(self._now, selection.mask, token, counted.numbers)
-
-    def step_tokens(self, most: int) -> int:
-        return min(most, ONE_BY_ONE) if self._one_by_one else most
+            return everything
+        return cpu_selection.record_table(self._now, selection.mask, selection.mask.rows > 1, counted.numbers)
 
     def topk_attention(
         self, q: Buffer, cache: KVCache, layer: int, step: Step, scale: float, window: int, r: int, k: int
     ) -> Buffer:
         self._now.program.count("keys", 0, 0)
         return record_topk_attention(self._now, q, cache, layer, step, scale, k, window, 0.0, scale)
+
+
+def _union(table: cpu_selection.Table, values: Buffer | None = None) -> Union:
+    """The table for many tokens, with their own masks if they have any."""
+    if table.mask is None or table.rows == 1:
+        return Union(table.address, values=values)
+    return Union(table.address, table.mask.address, cpu_selection.mask_bytes(table.neurons), values)

@@ -132,7 +132,6 @@ def record_inputs(
     weight: Sequence[InputMajor],
     residual: Buffer | None = None,
     compact: bool = True,
-    out: Buffer | None = None,
 ) -> Buffer:
     """W h + bias (+ residual) for one token, over the inputs of a table.
 
@@ -141,10 +140,9 @@ def record_inputs(
         table: its address.
         weight: matrices whose outputs follow each other.
         residual: [1, outputs].
-        out: where the result goes, as `new_outputs` makes it; a new buffer if not given.
     """
     starts = np.cumsum([0] + [part.rows for part in weight]).tolist()
-    out = out or new_outputs(recording, weight, 1)
+    out = new_outputs(recording, weight, 1)
     extra = recording.floats(residual) if residual else None
     source = recording.floats(h)
     for start, part in zip(starts, weight):
