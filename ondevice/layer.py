@@ -211,12 +211,12 @@ class EarlySelectedFfn:
 
 @dataclass(frozen=True, slots=True)
 class PlannedDense:
-    """A part that runs dense by plan, though the model's method could skip in it. kind: as of `Ops.counts`."""
+    """A linear or an FFN that runs dense by plan, though the model's method could skip. kind: as of `Ops.counts`."""
 
     ops: Ops
     kind: str
     part: Callable[..., Array]
 
-    def __call__(self, *inputs: Any) -> Array:
+    def __call__(self, x: Array, residual: Array | None = None, early: Any = None) -> Array:
         self.ops.ran_dense(self.kind)
-        return self.part(*inputs)
+        return self.part(x, residual) if early is None else self.part(x, residual, early)

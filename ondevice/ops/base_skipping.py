@@ -111,7 +111,7 @@ class SkippingOps:
         """Counts a call that could have skipped, and runs dense by plan. kind: as of `counts`."""
 
     def trial(self) -> Ops | None:
-        """An empty table like this one, to measure on where skipping pays; None where it is not to be judged by time."""
+        """An empty table like this one, to measure where skipping pays; None where time is not what decides."""
         return None
 
     def timing_key(self) -> str:

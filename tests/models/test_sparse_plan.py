@@ -21,7 +21,7 @@ RELU_CATS = "cats_exact"
 KIND = {name: method.kind(sparse_spec(name)) for name, (_, method) in METHODS.items()}
 SAME = [name for name in METHODS if KIND[name] != "approximate"]
 OTHER = [name for name in METHODS if KIND[name] == "approximate"]
-FLOAT_TOLERANCE, QUANTIZED_TOLERANCE = 1e-3, 2e-2
+FLOAT_TOLERANCE, QUANTIZED_TOLERANCE = 1e-4, 1e-3
 """Median over tokens of the RMS difference, as a part of the logits' deviation. float32 sums in another order move a
 logit by 1e-6 of that, and by more where they tip a selection. With quantized weights, activations are rounded to int8,
 by groups that differ between the forms."""

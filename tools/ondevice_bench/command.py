@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ondevice.commands.options import backend_option
+from ondevice.commands.options import backend_option, plan_option
 from ondevice.commands.progress import reporting
 from ondevice.defaults import DEFAULT_MODEL
 
@@ -76,6 +76,7 @@ def _numbers(*names: str, default: int | None, low: int, help: str, **extra: Any
     multiple=True,
     help="Run --shape also with a method that skips work, in turn with the dense one; repeat for several; see below.",
 )
+@plan_option
 @click.option("--sketch-head", is_flag=True, help="Run also with a sketch of the head, in turn with the model.")
 @_numbers(
     *("-t", "--threads"),
@@ -102,6 +103,7 @@ def bench(
     only: str | None,
     repetitions: int,
     sparsity: tuple[str, ...],
+    plan: str,
     sketch_head: bool,
     threads: tuple[tuple[int, ...], ...],
     backend: str,
@@ -139,7 +141,7 @@ def bench(
         raise click.UsageError(f"--json and -o {output} contradict each other; give one.")
     if profile and only == "pp":
         raise click.UsageError("--profile looks at generation, which --only pp leaves out; drop one of them.")
-    sources = _sources(_source(ctx, model, shape, bits, group_size), sparsity, sketch_head)
+    sources = _sources(_source(ctx, model, shape, bits, group_size), sparsity, sketch_head, plan)
     from ondevice_bench.cases import grid
 
     prompts, generated = (() if only == "tg" else _flat(prompt)), (() if only == "pp" else _flat(generate))
@@ -152,7 +154,7 @@ def bench(
     click.echo(render(rows, "json" if as_json else output or "md"))
 
 
-def _sources(dense: Source, sparsity: tuple[str, ...], sketch_head: bool) -> list[Source]:
+def _sources(dense: Source, sparsity: tuple[str, ...], sketch_head: bool, plan: str) -> list[Source]:
     """The dense model, and what else runs in turn with it: with a sketch of the head too, if there is any."""
     sources = [dense, dataclasses.replace(dense, sketch_head=True)] if sketch_head else [dense]
     if not sparsity:
@@ -161,7 +163,7 @@ def _sources(dense: Source, sparsity: tuple[str, ...], sketch_head: bool) -> lis
         raise click.UsageError(f"--sparsity {sparsity[0]} makes random routers, for the weights of --shape; add it.")
     from ondevice_bench.sparsity import parse
 
-    return [*sources, *(dataclasses.replace(sources[-1], sparsity=parse(text)) for text in sparsity)]
+    return [*sources, *(dataclasses.replace(sources[-1], sparsity=parse(text), plan=plan) for text in sparsity)]
 
 
 def _flat(values: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
