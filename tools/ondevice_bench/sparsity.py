@@ -111,6 +111,10 @@ class Sparsity:
             raise OptionError(f"--sparsity {self.text}: {key} is {self.values[key]!r}; it must be a whole number")
         return int(value)
 
+    def at(self, rows: float) -> Sparsity:
+        """The same with another part of the neurons."""
+        return dataclasses.replace(self, values={**self.values, "rows": f"{rows:g}"})
+
     def rows(self, batch: int) -> float:
         """Part of the neurons that a batch runs."""
         if self.values["rows"] == PUBLISHED and self.method == "polar":
@@ -139,7 +143,8 @@ class Sparsity:
                 densities = (self.number("rows"),) * spec.n_layers
                 return D2dmoe(block=self._block(spec), width=self.whole("width"), densities=densities)
             case "spark":
-                return Spark.of_halves(spec, round(self.number("rows") * spec.d_ff), self.whole("tokens"))
+                neurons = min(round(self.number("rows") * spec.d_ff), spec.d_ff - 1)
+                return Spark.of_halves(spec, neurons, self.whole("tokens"))
         return self._polar(spec, batches)
 
     def _block(self, spec: ModelSpec) -> int:
