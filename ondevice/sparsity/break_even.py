@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from ondevice.spec import ModelSpec
 
 DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
-MARGIN = 0.97
-"""Time of a sparse layer, as a part of a dense one's, from which on it counts as faster."""
+MARGINS = {"exact": 1.0, "trained": 1.0, "approximate": 0.97}
+"""Time of a sparse layer, as a part of a dense one's, up to which it counts as faster: where dense is also more exact,
+sparse must be worth it."""
 TRIAL_BYTES = 1 << 27
 """Weights of a trial in each form: more than most caches hold."""
 SECONDS = 1.2
@@ -68,7 +69,8 @@ class BreakEvens:
             if ratios is None:
                 ratios = self._measure(table, [j for j in range(self.spec.n_layers) if self._alike(j, form)])
                 measurements.keep(key, table, ratios)
-            self._found[form] = crossing(ratios)
+            method = self.spec.sparsity
+            self._found[form] = crossing(ratios, MARGINS[method.kind(self.spec) if method else "exact"])
         return self._found[form]
 
     def _form(self, i: int) -> str:
@@ -112,18 +114,18 @@ class BreakEvens:
             self.progress(0, 0, "measuring where skipping is faster, once for this machine")
 
 
-def crossing(ratios: dict[float, float]) -> float:
-    """The density up to which time ratios stay at or below the margin, between those that were measured.
+def crossing(ratios: dict[float, float], margin: float) -> float:
+    """The density up to which time ratios stay at or below a margin, between those that were measured.
 
     Args:
         ratios: seconds sparse / seconds dense, by ascending density.
     """
     before: tuple[float, float] | None = None
     for density, ratio in ratios.items():
-        if ratio > MARGIN:
+        if ratio > margin:
             if before is None:
                 return 0.0
-            share = (MARGIN - before[1]) / (ratio - before[1])
+            share = (margin - before[1]) / (ratio - before[1])
             return before[0] + share * (density - before[0])
         before = density, ratio
     return 1.0
