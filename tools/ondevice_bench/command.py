@@ -160,6 +160,8 @@ def bench(
     prompts, generated = (() if only == "tg" else _flat(prompt)), (() if only == "pp" else _flat(generate))
     cases = grid(prompts, generated, _flat(depth), _flat(batch))
     if picture is not None:
+        if output == "csv":
+            raise click.UsageError("a sweep has no CSV; take -o md or json.")
         given = ctx.get_parameter_source("repetitions") is ParameterSource.COMMANDLINE
         counts = _flat(threads) or (None,)
         _sweep(picture, sources, backend, counts, cases, repetitions if given else None, as_json or output == "json")
