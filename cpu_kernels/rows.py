@@ -1,4 +1,4 @@
-"""Operations on rows of activations: norms, activation functions and sums."""
+"""Operations on rows of activations: norms, activation functions, masks and sums."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cpu_kernels.simd import (
     f32_at,
     fma,
     i32_at,
+    i64_at,
     load_f32,
     maximum,
     mul,
@@ -181,6 +182,34 @@ def activation(arguments, tile, thread):
             if gated:
                 y = mul(y, load_f32(source + 4 * (n + i)))
             store_f32(target + 4 * i, y)
+    own = out + thread * out_each
+    _encode(own, out_stride, first, last, panels, each, thread, tile, width, last_width, n_rows, n)
+
+
+@numba.njit(error_model="numpy")
+def _clear(row, n, mask, block):
+    """Sets values to 0 whose unit of `block` values has no bit."""
+    for unit in range(-(-n // block)):
+        chosen = i64_at(mask + unit // 64 * 8) >> unit % 64 & 1
+        for i in range(unit * block, min((unit + 1) * block, n)):
+            # No branch: half of the guesses would be wrong.
+            set_f32(row + 4 * i, f32_at(row + 4 * i) if chosen else F32(0))
+
+
+@kernel("mask")
+def mask(arguments, tile, thread):
+    """x, or x * values, where the bit of a value's unit is set, else 0. Buffers are padded to whole vectors."""
+    (out, out_stride, out_each, x, stride, n, bits, bits_stride, block, values, values_stride, panels, each, width,
+     last_width, n_rows) = unpack(arguments, "iiiiiiiiiiiiiiii")  # fmt: skip
+    first, last = _rows_of(tile, width, n_rows)
+    for row in range(first, last):
+        source, target = x + row * stride, _place(out, out_stride, out_each, thread, row, first, panels)
+        for i in range(0, n, 16):
+            y = load_f32(source + 4 * i)
+            if values != 0:
+                y = mul(y, load_f32(values + row * values_stride + 4 * i))
+            store_f32(target + 4 * i, y)
+        _clear(target, n, bits + row * bits_stride, block)
     own = out + thread * out_each
     _encode(own, out_stride, first, last, panels, each, thread, tile, width, last_width, n_rows, n)
 

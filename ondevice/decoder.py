@@ -13,6 +13,8 @@ from ondevice.generation.kv_cache import KVCache
 from ondevice.layer import Early, Layer
 from ondevice.ops.base import Array, Handle, Ops, Step
 from ondevice.packing import Packer
+from ondevice.sparsity.break_even import BreakEvens
+from ondevice.sparsity.plan import make_plan
 from ondevice.sparsity.settings import SparsitySettings
 
 if TYPE_CHECKING:
@@ -45,7 +47,10 @@ class Decoder:
         self.ops = ops
         self._prompts_alike = self.spec.sparsity is None or self.spec.sparsity.in_prompts
         self._ropes: dict[tuple[int, tuple[bool, ...]], list[Handle | None]] = {}
-        Packer(checkpoint, ops, self.spec, settings, progress).fill(self)
+        self.plan = make_plan(
+            settings.plan, self.spec, BreakEvens(checkpoint, ops, self.spec, settings, progress).of_layer
+        )
+        Packer(checkpoint, ops, self.spec, settings, self.plan, progress).fill(self)
 
     embed: Handle
     position: Handle | None

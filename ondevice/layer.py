@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -138,35 +138,85 @@ class Selector(Protocol):
     def __call__(self, x: Array) -> Selection: ...
 
 
+class Neurons(Protocol):
+    """What a selection of neurons makes of x [N, in], plus a residual [N, out]; None selects all."""
+
+    def __call__(self, x: Array, selection: Selection | None, residual: Array | None) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SkippingNeurons:
+    """Computes those that are selected. weights: of `Ops.pack_ffn`."""
+
+    ops: Ops
+    weights: Handle
+    activation: str
+
+    def __call__(self, x: Array, selection: Selection | None, residual: Array | None) -> Array:
+        return self.ops.sparse_ffn(x, self.weights, selection, self.activation, residual)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedNeurons:
+    """Computes all, and takes those that are not selected as 0: the same result, by dense products.
+
+    Args:
+        up: may be the gate and up joined.
+        valued: the selection brings each neuron's factor, in the place of an activation.
+    """
+
+    ops: Ops
+    up: Linear
+    down: Linear
+    activation: str
+    gated: bool
+    valued: bool
+
+    def __call__(self, x: Array, selection: Selection | None, residual: Array | None) -> Array:
+        h = self.up(x)
+        if not self.valued:
+            h = self.ops.activation(h, self.activation, self.gated)
+        return self.down(h if selection is None else self.ops.mask(h, selection), residual)
+
+
 @dataclass(frozen=True, slots=True)
 class SelectedFfn:
     """An FFN, or a linear made of neurons, that runs what its selector says.
 
     Args:
-        weights: of `Ops.pack_ffn`.
         part: of the model that the FFN belongs to; its selector is the part "router".
     """
 
     ops: Ops
     selector: Selector
-    weights: Handle
-    activation: str
+    neurons: Neurons
     part: str = "ffn"
 
     def __call__(self, x: Array, residual: Array | None = None, early: Any = None) -> Array:
         self.ops.part("router")
         selection = self.selector(x)
         self.ops.part(self.part)
-        return self.ops.sparse_ffn(x, self.weights, selection, self.activation, residual)
+        return self.neurons(x, selection, residual)
 
 
 @dataclass(frozen=True, slots=True)
 class EarlySelectedFfn:
     """An FFN that runs what was selected before the attention."""
 
-    ops: Ops
-    weights: Handle
-    activation: str
+    neurons: Neurons
 
     def __call__(self, x: Array, residual: Array | None, early: Early) -> Array:
-        return self.ops.sparse_ffn(x, self.weights, early.neurons, self.activation, residual)
+        return self.neurons(x, early.neurons, residual)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDense:
+    """A linear or an FFN that runs dense by plan, though the model's method could skip. kind: as of `Ops.counts`."""
+
+    ops: Ops
+    kind: str
+    part: Callable[..., Array]
+
+    def __call__(self, x: Array, residual: Array | None = None, early: Any = None) -> Array:
+        self.ops.ran_dense(self.kind)
+        return self.part(x, residual) if early is None else self.part(x, residual, early)

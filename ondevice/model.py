@@ -54,6 +54,7 @@ def load(
     tau: float | None = None,
     strict: bool = False,
     dense: bool = False,
+    plan: str | Path = "auto",
     sketch_head: bool = False,
     tile_cache: bool = True,
     progress: Progress | None = None,
@@ -69,6 +70,9 @@ def load(
             on, so 0 runs all.
         strict: raise where skipping work falls back to the dense path, instead of saying so once.
         dense: skip no work.
+        plan: of a model that skips, where it does: "auto" (layers that a short measurement on this machine shows to be
+            faster so), "sparse" (all), "dense" (none: masked where the method promises the same result), or a JSON
+            file of a plan, such as the statistics of an answer hold.
         sketch_head: score all words of the vocabulary by a sketch, and compute the logits of those that matter. Costs
             memory, and time at the first load; requests for log-probabilities or penalties go without it.
         tile_cache: whether a backend may keep packed weights in the user's cache folder, and take them from there;
@@ -77,14 +81,15 @@ def load(
 
     Raises:
         OndeviceError: no such model, a damaged file, or an architecture that is not supported.
-        OptionError: tau for a model that has none, or dense for one that has no dense form.
+        OptionError: tau for a model that has none, or dense for one that has no dense form, or another
+            model's plan.
     """
     table = op_table(backend, threads, progress and compiling_progress(progress))
     path = find(str(name), progress)
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.tokenizer()
         with table.keeping(checkpoint, progress) if tile_cache else nullcontext():
-            decoder = Decoder(checkpoint, table, progress, SparsitySettings(tau, strict, dense))
+            decoder = Decoder(checkpoint, table, progress, SparsitySettings(tau, strict, dense, plan))
             if sketch_head:
                 add_sketch(decoder, checkpoint, progress)
     table.prepare(decoder.spec, progress and compiling_progress(progress))

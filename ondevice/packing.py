@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ondevice.layer import Layer
+from ondevice.layer import DenseLinear, Layer, MaskedNeurons, Neurons, SkippingNeurons
 from ondevice.ops.base import Handle, Ops
 from ondevice.sparsity.method import DENSE
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ondevice.checkpoint.base import Checkpoint
     from ondevice.checkpoint.quantization import Tensor
     from ondevice.decoder import Decoder
+    from ondevice.sparsity.plan import Plan
     from ondevice.sparsity.settings import SparsitySettings
     from ondevice.spec import ModelSpec
 
@@ -25,6 +26,7 @@ class Packer:
         ops: the table that packs them.
         spec: of the model as it will run; what it does not use is not packed.
         settings: of skipping work.
+        plan: which layers skip.
         progress: called with (tensors done, tensors in all, label).
     """
 
@@ -34,9 +36,11 @@ class Packer:
         ops: Ops,
         spec: ModelSpec,
         settings: SparsitySettings,
+        plan: Plan,
         progress: Callable[[int, int, str], None] | None,
     ) -> None:
         self.checkpoint, self.ops, self.spec, self.settings, self.progress = checkpoint, ops, spec, settings, progress
+        self.plan = plan
         self.names = spec.tensors()
         self.done = 0
 
@@ -83,13 +87,19 @@ class Packer:
         self.release([f"{name}.weight" for name in names])
         return handle
 
-    def ffn(self, gate: str | None, up: str, down: str, block: int, valued: bool = False) -> Handle:
-        """What `Ops.pack_ffn` makes of linears with these names.
+    def neurons(
+        self, i: int, gate: str | None, up: str, down: str, activation: str, block: int, valued: bool = False
+    ) -> Neurons:
+        """The FFN of layer `i`, or one of its linears that is made as an FFN, in the form that the plan says.
 
         Args:
-            gate: None where there is none, or where it is computed before.
+            gate, up, down: names of linears; no gate where there is none, or where it is computed before.
             block, valued: as of `Ops.pack_ffn`.
         """
+        if not self.sparse(i):
+            first = DenseLinear(self.ops, self.linear(*filter(None, (gate, up))))
+            last = DenseLinear(self.ops, self.linear(down))
+            return MaskedNeurons(self.ops, first, last, activation, gate is not None, valued)
         names = [name for name in (gate, up, down) if name is not None]
         weights = {name: self.get(f"{name}.weight") for name in names}
         biases = {name: self.optional(f"{name}.bias") for name in names}
@@ -98,7 +108,12 @@ class Packer:
             gates[0], weights[up], weights[down], gates[1], biases[up], biases[down], block, valued
         )
         self.release([f"{name}.weight" for name in names])
-        return handle
+        return SkippingNeurons(self.ops, handle, activation)
+
+    def sparse(self, i: int) -> bool:
+        """Whether layer `i` skips, as the plan says."""
+        method = self.spec.sparsity
+        return method is not None and self.plan.sparse(i, method.density(self.spec, i))
 
     def table(self, name: str, pack: Callable[[Tensor], Handle]) -> Handle:
         """A table of embeddings."""
@@ -107,7 +122,8 @@ class Packer:
     def kept(self, names: list[str], pack: Callable[[], Handle]) -> Handle:
         """What `pack` makes of these tensors, or the op table has kept of them."""
         shapes = [self.names[name] for name in names]
-        handle = self.ops.kept(names[0], (sum(shape[0] for shape in shapes), *shapes[0][1:]), pack)
+        # Another plan joins other tensors: what it kept must not be taken for this.
+        handle = self.ops.kept("+".join(names), (sum(shape[0] for shape in shapes), *shapes[0][1:]), pack)
         self.release(names)
         return handle
 

@@ -95,7 +95,7 @@ def config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         **family.write(spec),
     }
     if spec.sparsity is not None:
-        config[SECTION] = spec.sparsity.section()
+        config[SECTION] = spec.sparsity.document()
     _check_same(spec, spec_from_config(config, Path("config.json")))
     return config
 

@@ -48,6 +48,15 @@ def no_tile_cache():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_measurements(tmp_path_factory):
+    """Keeps what tests measure out of the user's own cache."""
+    folder = tmp_path_factory.mktemp("measurements")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ondevice.sparsity.measurements.folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory):
     """Folder of a random llama with a tokenizer and a chat template; context 128."""

@@ -119,7 +119,7 @@ class Checkpoint(ABC):
             "vocab_size": spec.vocab_size,
             "tied_head": spec.tied_head,
             "sliding_window": max(spec.windows),
-            "sparsity": spec.sparsity and spec.sparsity.section(),
+            "sparsity": spec.sparsity and spec.sparsity.document(),
         }
 
     def __enter__(self) -> Checkpoint:

@@ -58,6 +58,7 @@ def examine() -> dict[str, Any]:
         "backends": _backends(),
         "store": _store(),
         "tile_cache": _tile_cache(),
+        "measurements": _measurements(),
         "versions": _versions(),
     }
 
@@ -118,6 +119,12 @@ def _tile_cache() -> dict[str, Any]:
     return {"folder": str(tile_files.folder()), "files": files, "bytes": nbytes, "off": tile_files.switched_off()}
 
 
+def _measurements() -> dict[str, Any]:
+    from ondevice.sparsity import measurements
+
+    return {"folder": str(measurements.folder()), "files": measurements.count()}
+
+
 def _versions() -> dict[str, str]:
     found = {"ondevice": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
@@ -154,5 +161,6 @@ def _for_people(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "folder": tiles["folder"] + (" (switched off)" if tiles["off"] else ""),
             "files": f"{tiles['files']}, {size(tiles['bytes'])}",
         },
+        "Measured for plans": report["measurements"],
         "Versions": report["versions"],
     }

@@ -63,7 +63,7 @@ def tile_cache_option(f: F) -> F:
 
 
 def sparsity_options(f: F) -> F:
-    """--tau, --strict and --dense, for all commands that run models, with twins ONDEVICE_TAU and so on."""
+    """--tau, --strict, --dense and --plan, for all commands that run models, with twins ONDEVICE_TAU and so on."""
     tau = click.option(
         "--tau",
         type=float,
@@ -77,7 +77,19 @@ def sparsity_options(f: F) -> F:
         help="Fail where a sparse path cannot run, instead of running dense.",
     )
     dense = click.option("--dense", is_flag=True, envvar="ONDEVICE_DENSE", help="Skip no work.")
-    return tau(strict(dense(f)))
+    return tau(strict(dense(plan_option(f))))
+
+
+def plan_option(f: F) -> F:
+    """--plan, with the twin ONDEVICE_PLAN."""
+    return click.option(
+        "--plan",
+        metavar="auto|sparse|dense|FILE",
+        default="auto",
+        show_default=True,
+        envvar="ONDEVICE_PLAN",
+        help="Which layers skip work: those faster so on this machine, all, none, or as a JSON file says.",
+    )(f)
 
 
 def sketch_option(f: F) -> F:

@@ -76,7 +76,9 @@ def _for_people(about: dict[str, Any]) -> dict[str, str]:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--cache", is_flag=True, help="Delete the packed weights of all models, and no model.")
+@click.option(
+    "--cache", is_flag=True, help="Delete the packed weights of all models and what plans were measured from; no model."
+)
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def rm(model: str | None, cache: bool, yes: bool) -> None:
     """Delete a model, and what is kept of it for quick starts, from the store. Files elsewhere are never touched."""
@@ -85,6 +87,9 @@ def rm(model: str | None, cache: bool, yes: bool) -> None:
     from ondevice.checkpoint import store, tile_files
 
     if model is None:
+        from ondevice.sparsity import measurements
+
+        measurements.clear()
         click.echo(f"deleted {size(tile_files.clear())} of packed weights", err=True)
         return
     entry = next((entry for entry in store.ls() if entry.name == model), None)

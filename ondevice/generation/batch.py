@@ -153,7 +153,7 @@ def generate(decoder: Decoder, rows: Sequence[Row], cache: KVCache) -> Iterator[
     def accept(row: Row, logits: NDArray[np.float32]) -> Piece:
         piece = row.accept(logits, _room(row, cache))
         if piece.stats is not None:
-            piece.stats.sparsity = sparsity_stats(decoder.spec, before, decoder.ops.counts())
+            piece.stats.sparsity = sparsity_stats(decoder.spec, decoder.plan, before, decoder.ops.counts())
         return piece
 
     active: list[Row] = []

@@ -12,7 +12,7 @@ from ondevice.sparsity.selection import HeadSelection, Selection
 
 if TYPE_CHECKING:
     from ondevice.generation.kv_cache import KVCache
-    from ondevice.ops.base import Step
+    from ondevice.ops.base import Ops, Step
     from ondevice.sparsity.head_sketch import SketchTensors
 
 Array = Any
@@ -43,9 +43,11 @@ class SkippingOps:
 
     Attributes:
         name: of the platform.
+        forced_density: of a trial's table: part of the units that every selection keeps, in the selector's place.
     """
 
     name: str
+    forced_density: float | None = None
 
     def _lacks(self, operation: str) -> NoReturn:
         raise BackendError(
@@ -93,6 +95,24 @@ class SkippingOps:
             [N, out].
         """
         self._lacks("sparse_ffn")
+
+    def mask(self, h: Array, selection: Selection) -> Array:
+        """h [N, D], times the selection's values where it has some, with 0 for neurons that are not selected.
+
+        What `sparse_ffn` would have between its two products, for an FFN that computes everything.
+        """
+        self._lacks("mask")
+
+    def ran_dense(self, kind: str) -> None:
+        """Counts a call that could have skipped, and runs dense by plan. kind: as of `counts`."""
+
+    def trial(self) -> Ops | None:
+        """An empty table like this one, to measure where skipping pays; None where time is not what decides."""
+        return None
+
+    def timing_key(self) -> str:
+        """What measurements of time depend on, beside the processor."""
+        return self.name
 
     def select_topk(self, scores: Array, k: int, shared: bool) -> Selection:
         """The k units of the largest scores; of equal ones the first.

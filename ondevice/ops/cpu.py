@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpu_kernels import attention, kv_pages, pack, rope, rows
+from cpu_kernels.code_cache import cache_folder
 from cpu_kernels.compile import Kernel, compile_all
 from cpu_kernels.threads import shared_pool
+from ondevice import __version__
 from ondevice.checkpoint import tile_files
 from ondevice.checkpoint.quantization import Tensor, dequantize
 from ondevice.machine import default_threads
@@ -26,6 +28,7 @@ from ondevice.ops.cpu_products import product_kernels, record_linear
 from ondevice.ops.cpu_profile import PartTime, add_times
 from ondevice.ops.cpu_program import Program
 from ondevice.ops.cpu_recording import Buffer, Recording
+from ondevice.ops.cpu_selection import KERNELS as SELECTORS
 from ondevice.ops.cpu_skipping import CpuSkipping
 from ondevice.ops.cpu_tile_cache import TileCache
 from ondevice.ops.cpu_weights import FLOAT_CODES, Format, Tiles, pack_rows
@@ -132,7 +135,15 @@ class CpuOps(CpuSkipping, Ops):
             kernels += [f(*shape) for f in (attention.attention_tokens, attention.attention_chunks)]
         kernels += [rows.add_rows] if spec.post_norms or spec.position_offset is not None else []
         kernels += [rows.softcap] if spec.logit_softcap else []
+        kernels += [rows.mask, *SELECTORS] if spec.sparsity and "ffn" in spec.sparsity.skips else []
         compile_all(kernels, progress)
+
+    def trial(self) -> CpuOps:
+        return CpuOps(self.threads)
+
+    def timing_key(self) -> str:
+        # The folder's name stands for the kernels' sources and the instruction set.
+        return f"{self.name}, {self.threads} threads, {__version__}, {cache_folder().name}"
 
     # Cache and steps
 

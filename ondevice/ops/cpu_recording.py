@@ -26,7 +26,7 @@ class Producer:
 
     kernel: Kernel
     arguments: tuple[Any, ...]
-    source: Buffer
+    source: Any
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ class Recording:
         block = Block(self.program.memory, n * stride * 4)
         return Buffer(n, width, stride, block, block.address)
 
-    def later(self, n: int, width: int, kernel: Kernel, source: Buffer, arguments: tuple[Any, ...]) -> Buffer:
+    def later(self, n: int, width: int, kernel: Kernel, source: Any, arguments: tuple[Any, ...]) -> Buffer:
         """A buffer that is made in the form in which it is wanted first."""
         return Buffer(n, width, -(-width // 16) * 16, producer=Producer(kernel, arguments, source))
 

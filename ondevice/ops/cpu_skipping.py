@@ -184,6 +184,8 @@ class CpuSkipping(SkippingOps):
     # Selections
 
     def _selection(self, made: cpu_selection.Selection, shared: bool = False) -> Selection:
+        if self.forced_density is not None:
+            cpu_selection.forced(made, round(self.forced_density * made.units), next(self._seeds))
         return Selection(made, made.neurons, shared, made.values)
 
     def select_topk(self, scores: Buffer, k: int, shared: bool) -> Selection:
@@ -197,10 +199,11 @@ class CpuSkipping(SkippingOps):
 
     def statistical_topk(self, scores: Buffer, c: float) -> tuple[Buffer, Selection]:
         made = cpu_selection.record_statistical_topk(self._now, scores, c)
+        selection = self._selection(made)
         # The values are an operation's input before the selection is.
         cpu_selection.record_mask(self._now, made)
         assert made.values is not None
-        return made.values, self._selection(made)
+        return made.values, selection
 
     def select_heads(self, scores: Buffer, k: int, group: int) -> HeadSelection:
         return HeadSelection(cpu_selection.record_heads(self._now, scores, k, group), k, group)
@@ -261,6 +264,19 @@ class CpuSkipping(SkippingOps):
         if x.rows != 1:
             return record_many_inputs(self._now, x, weight.weights, _union(table), residual)
         return record_inputs(self._now, x, table.address, weight.weights, residual, compact=False)
+
+    def mask(self, h: Buffer, selection: Selection) -> Buffer:
+        self.ran_dense("ffn")
+        now, made = self._now, selection.mask
+        bits, each = cpu_selection.record_mask(now, made), cpu_selection.mask_bytes(made.units)
+        source, values = now.floats(h), None if selection.values is None else now.floats(selection.values)
+        factors = (0, 0) if values is None else (values.address, values.stride_bytes)
+        masks = (bits.address, each if made.rows > 1 else 0, made.block)
+        arguments = (source.address, source.stride_bytes, h.width, *masks, *factors)
+        return now.later(h.rows, h.width, rows.mask, (source, bits, values), arguments)
+
+    def ran_dense(self, kind: str) -> None:
+        self._now.program.count(kind, None, 0)
 
     def _experts(self, selection: Selection | None, ffn: Ffn) -> Experts:
         """Each token's blocks; the whole layer is one block."""

@@ -101,6 +101,13 @@ class ReferenceSkipping(Ops):
         y = h @ ffn.down.T + ffn.down_bias
         return y if residual is None else y + residual
 
+    def mask(self, h: Any, selection: Selection) -> Any:
+        self.ran_dense("ffn")
+        return np.where(selection.mask, h if selection.values is None else h * selection.values, 0)
+
+    def ran_dense(self, kind: str) -> None:
+        self._count(kind, None, 0)
+
     def select_topk(self, scores: Any, k: int, shared: bool) -> Selection:
         if shared:
             scores = np.maximum(scores, 0).sum(axis=0, keepdims=True)

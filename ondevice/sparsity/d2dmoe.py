@@ -86,10 +86,10 @@ class D2dmoe(Method):
     def with_tau(self, tau: float) -> Method:
         if not 0 <= tau <= 1:
             raise OptionError(f"tau is {tau}; it must lie between 0, which runs all, and 1, which runs one expert")
-        return replace(self, tau=tau)
+        return replace(self, tau=tau, densities=None)
 
     def dense(self) -> Method | None:
-        return None if self.attention is None else replace(self, tau=0.0)
+        return None if self.attention is None else replace(self, tau=0.0, densities=None)
 
     def change_tensors(self, spec: ModelSpec, layer: int, shapes: Shapes) -> None:
         p = f"layers.{layer}."
@@ -121,13 +121,14 @@ class D2dmoe(Method):
     def ffn(self, pack: Packer, i: int) -> SelectedFfn:
         p, spec = f"layers.{i}.", pack.spec
         selector = self._selector(pack, p + "ffn_router", self.block)
-        weights = pack.ffn(p + "gate" if spec.gated else None, p + "up", p + "down", self.block)
-        return SelectedFfn(pack.ops, selector, weights, spec.activation)
+        gate = p + "gate" if spec.gated else None
+        return SelectedFfn(pack.ops, selector, pack.neurons(i, gate, p + "up", p + "down", spec.activation, self.block))
 
     def _projection(self, pack: Packer, i: int, name: str, part: str, own: ExpertProjections) -> SelectedFfn:
         p = f"layers.{i}.{name}."
         selector = self._selector(pack, p + "router", own.block)
-        return SelectedFfn(pack.ops, selector, pack.ffn(None, p + "up", p + "down", own.block), own.activation, part)
+        neurons = pack.neurons(i, None, p + "up", p + "down", own.activation, own.block)
+        return SelectedFfn(pack.ops, selector, neurons, part)
 
     def _selector(self, pack: Packer, name: str, block: int) -> _NormSelector:
         return _NormSelector(pack.ops, pack.linear(f"{name}.0"), pack.linear(f"{name}.1"), self.tau, block)

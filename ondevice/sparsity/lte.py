@@ -61,8 +61,8 @@ class Lte(Method):
         p, spec = f"layers.{i}.", pack.spec
         border = math.log(self.threshold / (1 - self.threshold))
         selector = _LteSelector(pack.ops, pack.linear(p + "ffn_router"), border, self.block)
-        weights = pack.ffn(p + "gate" if spec.gated else None, p + "up", p + "down", self.block)
-        return SelectedFfn(pack.ops, selector, weights, spec.activation)
+        gate = p + "gate" if spec.gated else None
+        return SelectedFfn(pack.ops, selector, pack.neurons(i, gate, p + "up", p + "down", spec.activation, self.block))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ A method that changes nothing is the dense model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ondevice.errors import OptionError
@@ -17,16 +17,23 @@ if TYPE_CHECKING:
     from ondevice.spec_fields import Fields
 
 Shapes = dict[str, tuple[int, ...]]
+DENSITY = "density"
+"""Key of the part that each layer keeps, in the section of any method that does not say it otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """A way to skip work, with its settings.
 
+    Args:
+        densities: part that each layer keeps when it decodes, on average, where that was measured.
+
     Attributes:
         name: in the section and on the command line.
         in_prompts: whether prompts skip too, token by token; else only steps of decoding do.
     """
+
+    densities: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "dense"
     in_prompts: ClassVar[bool] = True
@@ -39,6 +46,10 @@ class Method:
     def skips(self) -> tuple[str, ...]:
         """What it leaves out, in the words of `Ops.counts`."""
         return ()
+
+    def density(self, spec: ModelSpec, layer: int) -> float | None:
+        """Part of its neurons, or inputs, that a layer is expected to keep when it decodes; None if nobody knows."""
+        return None if self.densities is None else self.densities[layer]
 
     @property
     def rope_parts(self) -> int:
@@ -60,8 +71,13 @@ class Method:
         return cls()
 
     def section(self) -> dict[str, Any]:
-        """The settings as `read` of the same class takes them from config.json."""
+        """The settings as `read` of the same class takes them."""
         return {"method": self.name}
+
+    def document(self) -> dict[str, Any]:
+        """The whole section of a config.json."""
+        stated = {} if self.densities is None else {DENSITY: list(self.densities)}
+        return {**self.section(), **stated}
 
     def change_tensors(self, spec: ModelSpec, layer: int, shapes: Shapes) -> None:
         """Adds to a dense model's tensors what this method needs in a layer, and changes those that it has otherwise.

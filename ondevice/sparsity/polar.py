@@ -10,13 +10,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ondevice.layer import Early, EarlySelectedFfn, Ffn, Router
+from ondevice.layer import Early, EarlySelectedFfn, Ffn, PlannedDense, Router
 from ondevice.ops.base import Array, Handle, Ops
 from ondevice.sparsity.method import Method, Shapes
 from ondevice.sparsity.selection import HeadSelection, Selection
 
 if TYPE_CHECKING:
     from ondevice.packing import Packer
+    from ondevice.sparsity.plan import Plan
     from ondevice.sparsity.settings import SparsitySettings
     from ondevice.spec import ModelSpec
     from ondevice.spec_fields import Fields
@@ -113,11 +114,14 @@ class Polar(Method):
             shapes[p + "head_router.weight"] = (spec.n_heads, spec.d_model)
             shapes[p + "head_router.bias"] = (spec.n_heads,)
 
+    def density(self, spec: ModelSpec, layer: int) -> float | None:
+        return None if self.neurons is None else self.neurons.table[0][1][layer] / spec.d_ff
+
     def router(self, pack: Packer, i: int) -> Router:
         p, neurons, heads = f"layers.{i}.", None, None
-        if self.neurons is not None:
+        if self.neurons is not None and pack.sparse(i):
             matrices = (pack.linear(p + "ffn_router.0"), pack.linear(p + "ffn_router.1"))
-            neurons = _NeuronRouter(pack.ops, *matrices, i, pack.spec.d_ff, self.neurons, pack.settings)
+            neurons = _NeuronRouter(pack.ops, *matrices, i, pack.spec.d_ff, self.neurons, pack.plan, pack.settings)
         if self.heads is not None and i not in self.heads.dense_layers:
             group = pack.spec.group if self.heads.unit == "kv_group" else 1
             heads = _HeadRouter(pack.ops, pack.linear(p + "head_router"), self.heads.kept, group)
@@ -126,9 +130,11 @@ class Polar(Method):
     def ffn(self, pack: Packer, i: int) -> Ffn:
         if self.neurons is None:
             return super(Polar, self).ffn(pack, i)
+        if not pack.sparse(i):
+            return PlannedDense(pack.ops, "ffn", super(Polar, self).ffn(pack, i))
         p, spec = f"layers.{i}.", pack.spec
-        weights = pack.ffn(p + "gate" if spec.gated else None, p + "up", p + "down", block=1)
-        return EarlySelectedFfn(pack.ops, weights, spec.activation)
+        gate = p + "gate" if spec.gated else None
+        return EarlySelectedFfn(pack.neurons(i, gate, p + "up", p + "down", spec.activation, block=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +145,7 @@ class _NeuronRouter:
     layer: int
     d_ff: int
     neurons: PolarNeurons
+    plan: Plan
     settings: SparsitySettings
 
     def __call__(self, x: Array, batch: int) -> Selection | None:
@@ -147,7 +154,7 @@ class _NeuronRouter:
             self.settings.fall_back(
                 f"polar: the FFN of a batch of {batch}, where the model's table ends at {self.neurons.largest}"
             )
-        if kept is None or kept == self.d_ff:
+        if kept is None or kept == self.d_ff or not self.plan.sparse(self.layer, kept / self.d_ff):
             return None
         scores = self.ops.linear(self.ops.linear(x, self.first), self.second)
         return self.ops.select_topk(scores, kept, shared=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ondevice.sparsity.d2dmoe import D2dmoe
 from ondevice.sparsity.lte import Lte
-from ondevice.sparsity.method import Method
+from ondevice.sparsity.method import DENSITY, Method
 from ondevice.sparsity.polar import Polar
 from ondevice.sparsity.spark import Spark
 from ondevice.sparsity.threshold import Cats, Teal
@@ -35,4 +37,13 @@ def read_section(config: Fields, spec: ModelSpec) -> Method | None:
     name = fields.text("method")
     if name not in METHODS:
         raise fields.unsupported("method", f"{name[:60]!r} is not supported; supported: {', '.join(METHODS)}")
-    return METHODS[name].read(fields, spec)
+    own = replace(fields, values={key: value for key, value in values.items() if key != DENSITY})
+    method = METHODS[name].read(own, spec)
+    if fields.raw(DENSITY, None) is None:
+        return method
+    if METHODS[name].density is not Method.density:
+        raise fields.error(DENSITY, f"{name} says elsewhere how much it keeps; take it out")
+    densities = fields.numbers(DENSITY, spec.n_layers)
+    if max(densities) > 1:
+        raise fields.error(DENSITY, f"{max(densities):g} is no part of a layer; give numbers above 0, up to 1")
+    return replace(method, densities=densities)

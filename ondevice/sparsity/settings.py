@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ondevice.errors import OptionError, SparsityError
+from ondevice.sparsity.plan import SPARSE
 
 if TYPE_CHECKING:
     from ondevice.spec import ModelSpec
@@ -22,11 +24,13 @@ class SparsitySettings:
         tau: in the place of the checkpoint's, for methods that have one.
         strict: raise where a sparse path cannot run, instead of taking the dense one.
         dense: select everything.
+        plan: "auto", "sparse", "dense" or a file: which layers skip.
     """
 
     tau: float | None = None
     strict: bool = False
     dense: bool = False
+    plan: str | Path = SPARSE
     _said: set[str] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
     def apply(self, spec: ModelSpec) -> ModelSpec:

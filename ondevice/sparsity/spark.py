@@ -11,7 +11,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ondevice.errors import OptionError
-from ondevice.layer import Attend, Early, Ffn
+from ondevice.layer import Attend, Early, Ffn, Neurons
 from ondevice.ops.base import Array, Handle, Ops, Step
 from ondevice.sparsity.method import Method, Shapes
 from ondevice.sparsity.selection import HeadSelection
@@ -92,9 +92,12 @@ class Spark(Method):
             return super(Spark, self).ffn(pack, i)
         p, spec = f"layers.{i}.", pack.spec
         gate = pack.linear(p + "gate")
-        weights = pack.ffn(None, p + "up", p + "down", block=1, valued=True)
+        neurons = pack.neurons(i, None, p + "up", p + "down", spec.activation, block=1, valued=True)
         widths = (self.neurons.r, spec.d_model - self.neurons.r)
-        return _SparkFfn(pack.ops, gate, weights, widths, quantile(self.neurons.k, spec.d_ff), spec.activation)
+        return _SparkFfn(pack.ops, gate, neurons, widths, quantile(self.neurons.k, spec.d_ff), spec.activation)
+
+    def density(self, spec: ModelSpec, layer: int) -> float | None:
+        return None if self.neurons is None else self.neurons.k / spec.d_ff
 
     def attend(self, pack: Packer, i: int) -> Attend:
         if self.keys is None:
@@ -112,7 +115,7 @@ def quantile(k: int, n: int) -> float:
 class _SparkFfn:
     ops: Ops
     gate: Handle
-    weights: Handle
+    neurons: Neurons
     widths: tuple[int, int]
     c: float
     activation: str
@@ -124,7 +127,7 @@ class _SparkFfn:
         values, selection = ops.statistical_topk(ops.linear(first, self.gate), self.c)
         selection = selection.with_values(ops.activation(values, self.activation, gated=False))
         ops.part("ffn")
-        return ops.sparse_ffn(rest, self.weights, selection, self.activation, residual)
+        return self.neurons(rest, selection, residual)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from ondevice.ops.base_skipping import Tally
 
 if TYPE_CHECKING:
+    from ondevice.sparsity.plan import Plan
     from ondevice.spec import ModelSpec
 
 Counts = Mapping[str, Tally]
@@ -27,6 +28,8 @@ class SparsityStats:
             and "keys" (of attention).
         bytes_skipped: of weights, keys and values that were not read.
         router_seconds: that selecting took, where the steps were profiled.
+        dense_layers: that do not skip, by plan.
+        plan: of the model, as a file holds it.
     """
 
     method: str
@@ -35,15 +38,17 @@ class SparsityStats:
     density: dict[str, float]
     bytes_skipped: int
     router_seconds: float | None = None
+    dense_layers: tuple[int, ...] = ()
+    plan: dict[str, Any] = field(default_factory=dict)
 
 
 def sparsity_stats(
-    spec: ModelSpec, before: Counts, after: Counts, router_seconds: float | None = None
+    spec: ModelSpec, plan: Plan, before: Counts, after: Counts, router_seconds: float | None = None
 ) -> SparsityStats | None:
     """What happened between two looks at `Ops.counts`.
 
     Args:
-        spec: of the model as it ran.
+        spec, plan: of the model as it ran.
         before, after: the counts.
         router_seconds: of the part "router" in a profile of these steps, if there is one.
 
@@ -62,6 +67,8 @@ def sparsity_stats(
         {kind: tally.kept / tally.units for kind, tally in tallies.items() if tally.units},
         sum(tally.bytes_skipped for tally in tallies.values()),
         router_seconds,
+        plan.dense_layers(spec),
+        plan.document(spec),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ondevice.layer import DenseLinear, Early, Ffn, Linear
+from ondevice.layer import DenseLinear, Early, Ffn, Linear, Neurons, PlannedDense
 from ondevice.ops.base import Array, Handle, Ops
 from ondevice.sparsity.method import Method
 
@@ -57,6 +57,8 @@ class Teal(Method):
 
     def linear(self, pack: Packer, i: int, *names: str) -> Linear:
         by_name = {name: values[i] for name, values in self.thresholds}
+        if not pack.sparse(i) and not by_name.keys().isdisjoint(names):
+            return PlannedDense(pack.ops, "inputs", super(Teal, self).linear(pack, i, *names))
         parts: list[Linear] = []
         # Neighbours with one threshold are one product.
         for threshold, members in groupby(names, by_name.get):
@@ -118,17 +120,19 @@ class Cats(Method):
         return {"method": self.name, "thresholds": list(self.thresholds)}
 
     def ffn(self, pack: Packer, i: int) -> Ffn:
+        if self.kind(pack.spec) == "approximate" and not pack.sparse(i):
+            return PlannedDense(pack.ops, "ffn", super(Cats, self).ffn(pack, i))
         p = f"layers.{i}."
         gate = pack.linear(p + "gate")
-        weights = pack.ffn(None, p + "up", p + "down", block=1, valued=True)
-        return _CatsFfn(pack.ops, gate, weights, self.thresholds[i], pack.spec.activation)
+        neurons = pack.neurons(i, None, p + "up", p + "down", pack.spec.activation, block=1, valued=True)
+        return _CatsFfn(pack.ops, gate, neurons, self.thresholds[i], pack.spec.activation)
 
 
 @dataclass(frozen=True, slots=True)
 class _CatsFfn:
     ops: Ops
     gate: Handle
-    weights: Handle
+    neurons: Neurons
     threshold: float
     activation: str
 
@@ -138,4 +142,4 @@ class _CatsFfn:
         values = ops.activation(ops.linear(x, self.gate), self.activation, gated=False)
         selection = ops.select_magnitude(values, self.threshold).with_values(values)
         ops.part("ffn")
-        return ops.sparse_ffn(x, self.weights, selection, self.activation, residual)
+        return self.neurons(x, selection, residual)

@@ -13,12 +13,14 @@ import ondevice
 from ondevice.cli import cli
 from ondevice.errors import OptionError, SparsityError
 from ondevice.ops.base_skipping import Tally
+from ondevice.sparsity.plan import Plan
 from ondevice.sparsity.polar import Polar, PolarNeurons
 from ondevice.sparsity.stats import sparsity_stats
 from tests.conftest import TEXT, VOCAB, write_tokenizer
 from tests.models.sparse_cases import sparse_spec
 from tests.tiny import tiny_checkpoint, tiny_spec
 
+ALL = Plan((1.0, 1.0, 1.0))
 GREEDY = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
 
 
@@ -132,14 +134,14 @@ def test_eval_measures_what_decoding_computes(folders: dict[str, Any], tmp_path:
 
 
 def test_stats_without_any_call() -> None:
-    stats = sparsity_stats(sparse_spec("lte"), {}, {})
+    stats = sparsity_stats(sparse_spec("lte"), ALL, {}, {})
     assert stats is not None and stats.sparse_calls == 0.0 and stats.density == {}
-    assert sparsity_stats(tiny_spec(), {}, {"ffn": Tally(3)}) is None
+    assert sparsity_stats(tiny_spec(), ALL, {}, {"ffn": Tally(3)}) is None
 
 
 def test_stats_are_differences_of_the_methods_own_kinds() -> None:
     before = {"ffn": Tally(2, 1, 10, 100, 5), "heads": Tally(9, 9, 9, 9, 9)}
     after = {"ffn": Tally(6, 4, 40, 200, 11), "heads": Tally(99, 9, 9, 9, 9), "inputs": Tally(5, 5, 5, 5, 5)}
-    stats = sparsity_stats(sparse_spec("lte"), before, after, 0.5)
+    stats = sparsity_stats(sparse_spec("lte"), ALL, before, after, 0.5)
     assert stats is not None and stats.router_seconds == 0.5
     assert (stats.sparse_calls, stats.density, stats.bytes_skipped) == (0.75, {"ffn": 0.3}, 6)

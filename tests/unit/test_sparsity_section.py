@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -33,6 +34,14 @@ def test_round_trip(name: str, tmp_path: Any) -> None:
         decoder = Decoder(checkpoint, ReferenceOps())
     ids = [5, 3, 9, 1]
     assert np.array_equal(decode_logits(decoder, ids), decode_logits(make_decoder(spec, tensors), ids))
+
+
+@pytest.mark.parametrize("name", ["lte", "d2dmoe", "teal", "cats"])
+def test_densities_go_into_the_file(name: str, tmp_path: Any) -> None:
+    spec = sparse_spec(name)
+    spec = dataclasses.replace(spec, sparsity=dataclasses.replace(spec.sparsity, densities=(0.25, 0.5, 1.0)))
+    with open_checkpoint(tiny_checkpoint(tmp_path / "model", spec)) as checkpoint:
+        assert checkpoint.spec == spec and checkpoint.describe()["sparsity"]["density"] == [0.25, 0.5, 1.0]
 
 
 def test_names_in_the_file(tmp_path: Any) -> None:
@@ -149,6 +158,22 @@ BAD: dict[str, tuple[str, Any, str]] = {
         "llama",
         {"method": "teal", "thresholds": {"q": [0, -1, 0]}},
         "sparsity.thresholds.q: must hold positive finite numbers or 0",
+    ),
+    "density of two layers": (
+        "llama",
+        {"method": "lte", "density": [0.5, 0.5]},
+        "sparsity.density: must be a list of 3 numbers",
+    ),
+    "density above 1": (
+        "llama",
+        {"method": "cats", "thresholds": [1, 1, 1], "density": [0.5, 50, 1]},
+        "sparsity.density: 50 is no part of a layer",
+    ),
+    "density 0": ("llama", {"method": "lte", "density": [0.5, 0, 1]}, "sparsity.density: must hold positive"),
+    "density of spark": (
+        "llama",
+        {"method": "spark", "ffn": {"r": 32, "k": 8}, "density": [0.5, 0.5, 0.5]},
+        "sparsity.density: spark says elsewhere how much it keeps",
     ),
     "cats without gate": ("opt", {"method": "cats", "thresholds": [0, 0, 0]}, "sparsity.method: cats needs"),
     "cats of two layers": ("llama", {"method": "cats", "thresholds": [0, 0]}, "must be a list of 3 numbers"),

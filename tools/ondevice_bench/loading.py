@@ -12,6 +12,7 @@ from ondevice.checkpoint import open_checkpoint
 from ondevice.decoder import Decoder
 from ondevice.model import compiling_progress, find, op_table
 from ondevice.sparsity.head_sketch import add_sketch
+from ondevice.sparsity.settings import SparsitySettings
 from ondevice_bench.cases import Case, check
 from ondevice_bench.parts import profile_table
 from ondevice_bench.random_weights import FLOAT_BITS, RandomWeights
@@ -34,6 +35,7 @@ class Source:
         group_size: of random weights.
         sparsity: a method that skips, with random routers.
         sketch_head: whether the head has a sketch.
+        plan: of layers that skip; see `ondevice.load`.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Source:
     group_size: int = 32
     sparsity: Sparsity | None = None
     sketch_head: bool = False
+    plan: str = "auto"
 
     @property
     def skipping(self) -> str:
@@ -84,7 +87,7 @@ def load_decoder(
         # Random weights have all that a decoder asks of a checkpoint.
         weights = cast("Checkpoint", checkpoint)
         with ops.keeping(weights, progress):
-            decoder = Decoder(weights, ops, progress)
+            decoder = Decoder(weights, ops, progress, SparsitySettings(plan=source.plan))
             if source.sparsity is not None:
                 force(decoder, source.sparsity)
             if source.sketch_head:

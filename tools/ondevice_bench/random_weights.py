@@ -55,6 +55,15 @@ class RandomWeights:
         scales = np.full((rows, inputs // self.group_size), scale, np.float16)
         return Quantized(packed, scales, None, self.bits, self.group_size)
 
+    def stored(self, name: str) -> tuple[str, int]:
+        """Type and bytes of a tensor, as of `Checkpoint.stored`."""
+        count = math.prod(self._shapes[name])
+        if len(self._shapes[name]) == 1:
+            return "F32", count * 4
+        if self.bits == FLOAT_BITS:
+            return "F16", count * 2
+        return f"affine {self.bits}-bit g{self.group_size}", round(count * (self.bits + 16 / self.group_size) / 8)
+
     def release(self, name: str) -> None:
         """Nothing is mapped."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ondevice.errors import OptionError
-from ondevice.layer import Early, EarlySelectedFfn, Router, SelectedFfn
+from ondevice.layer import Early, EarlySelectedFfn, Ffn, PlannedDense, Router, SelectedFfn
 from ondevice.sparsity.d2dmoe import D2dmoe
 from ondevice.sparsity.lte import Lte
 from ondevice.sparsity.method import Method
@@ -49,14 +49,28 @@ class Lists(Method):
 
     name: ClassVar[str] = "lists"
 
-    def ffn(self, pack: Packer, i: int) -> SelectedFfn:
+    def kind(self, spec: ModelSpec) -> str:
+        return "approximate"
+
+    @property
+    def skips(self) -> tuple[str, ...]:
+        return ("ffn",)
+
+    def section(self) -> dict[str, Any]:
+        return {"method": self.name, "block": self.block}
+
+    def density(self, spec: ModelSpec, layer: int) -> float | None:
+        return self.rows
+
+    def ffn(self, pack: Packer, i: int) -> Ffn:
         """As a method's, with no router."""
         p, spec = f"layers.{i}.", pack.spec
-        weights = pack.ffn(p + "gate" if spec.gated else None, p + "up", p + "down", self.block)
+        if not pack.sparse(i):
+            return PlannedDense(pack.ops, "ffn", super(Lists, self).ffn(pack, i))
+        gate = p + "gate" if spec.gated else None
+        neurons = pack.neurons(i, gate, p + "up", p + "down", spec.activation, self.block)
         units, ops = spec.d_ff // self.block, pack.ops
-        return SelectedFfn(
-            ops, lambda x: ops.expand(ops.random_selection(x, units, self.rows), self.block), weights, spec.activation
-        )
+        return SelectedFfn(ops, lambda x: ops.expand(ops.random_selection(x, units, self.rows), self.block), neurons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +111,10 @@ class Sparsity:
             raise OptionError(f"--sparsity {self.text}: {key} is {self.values[key]!r}; it must be a whole number")
         return int(value)
 
+    def at(self, rows: float) -> Sparsity:
+        """The same with another part of the neurons."""
+        return dataclasses.replace(self, values={**self.values, "rows": f"{rows:g}"})
+
     def rows(self, batch: int) -> float:
         """Part of the neurons that a batch runs."""
         if self.values["rows"] == PUBLISHED and self.method == "polar":
@@ -120,11 +138,13 @@ class Sparsity:
             case "lists":
                 return Lists(self._block(spec), self.number("rows"))
             case "lte":
-                return Lte(self._block(spec))
+                return Lte(self._block(spec), densities=(self.number("rows"),) * spec.n_layers)
             case "d2dmoe":
-                return D2dmoe(block=self._block(spec), width=self.whole("width"))
+                densities = (self.number("rows"),) * spec.n_layers
+                return D2dmoe(block=self._block(spec), width=self.whole("width"), densities=densities)
             case "spark":
-                return Spark.of_halves(spec, round(self.number("rows") * spec.d_ff), self.whole("tokens"))
+                neurons = min(round(self.number("rows") * spec.d_ff), spec.d_ff - 1)
+                return Spark.of_halves(spec, neurons, self.whole("tokens"))
         return self._polar(spec, batches)
 
     def _block(self, spec: ModelSpec) -> int:

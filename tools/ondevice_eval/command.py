@@ -44,6 +44,7 @@ def evaluate(
     tau: float | None,
     strict: bool,
     dense: bool,
+    plan: str,
     no_tile_cache: bool,
     as_json: bool,
 ) -> None:
@@ -59,7 +60,7 @@ def evaluate(
     content = _read(text)
     with reporting() as progress:
         common: dict[str, Any] = {"threads": threads, "tile_cache": not no_tile_cache, "progress": progress}
-        own: dict[str, Any] = {"tau": tau, "strict": strict, "dense": dense}
+        own: dict[str, Any] = {"tau": tau, "strict": strict, "dense": dense, "plan": plan}
         loaded = load(model, backend=backend, **own, **common)
         other = None
         if against is not None or against_backend is not None:
@@ -72,7 +73,7 @@ def evaluate(
             click.echo(f"{loaded.spec.sparsity.name} skips work in decoding only: computing token by token", err=True)
             by_token = True
         scores = score(loaded.decoder, ids, window, decoder, by_token, progress)
-    kept = sparsity_stats(loaded.spec, {}, loaded.decoder.ops.counts())
+    kept = sparsity_stats(loaded.spec, loaded.decoder.plan, {}, loaded.decoder.ops.counts())
     report = _report(scores, {} if kept is None else kept.density, compared=other is not None)
     click.echo(json.dumps(report, indent=1) if as_json else _for_people(report))
 
