@@ -22,7 +22,7 @@ from ondevice.errors import OptionError
 from ondevice.ops.reference import ReferenceOps
 from ondevice_bench import random_weights
 from ondevice_bench.cases import Case, check, grid, parse
-from ondevice_bench.measure import measure
+from ondevice_bench.measure import in_turn, measure
 from ondevice_bench.parts import Profile
 from ondevice_bench.random_weights import RandomWeights
 from ondevice_bench.shapes import SHAPES, shape_spec
@@ -183,6 +183,16 @@ def test_what_is_run(tiny, monkeypatch, case, calls, rate):
     assert [len(step.tokens) for step in steps[2:]] == calls
     assert {int(step.positions.max()) for step in steps[2:]} <= set(range(case.depth, case.positions))
     assert int(steps[-1].positions.max()) == case.positions - 1
+
+
+def test_sequences_with_the_same_context_have_it_in_memory_of_their_own(tiny, monkeypatch):
+    runs = []
+    monkeypatch.setattr("ondevice_bench.measure._Run.once", lambda run, between: runs.append(run) or 1.0)
+    in_turn([tiny.decoder], Case("tg", 3, 70, 3), 1, alike=True)
+    cache, decoder = runs[0].cache, tiny.decoder
+    assert np.unique(cache.block_table).size == cache.block_table.size == 6
+    logits = decoder.decode([5, 5, 5], cache, range(3))
+    np.testing.assert_array_equal(logits[1:], logits[:2])
 
 
 def test_keys_and_values_beyond_memory_are_refused(tiny, monkeypatch):

@@ -123,9 +123,9 @@ def bench(
     """Measure tokens per second, and bytes moved for them.
 
     Tests are named as by llama-bench: pp512 reads a prompt of 512 tokens, tg128 generates 128, "@ d4096" does so after
-    4096 tokens, which are not timed, b32 for 32 sequences; tok/s counts the tokens of all sequences. Options that take
-    N,... take lists or can be repeated; all combinations run. Each test runs once to warm up. Tokens are random;
-    tokenizing and sampling are not measured.
+    4096 tokens, which are not timed, b32 for 32 sequences (of --shape, all with the same context, each in memory of its
+    own); tok/s counts the tokens of all sequences. Options that take N,... take lists or can be repeated; all
+    combinations run. Each test runs once to warm up. Tokens are random; tokenizing and sampling are not measured.
 
     bytes/token is what must move through memory. Counted are the packed weights that a step reads, once for all tokens
     of the step (of the embedding one row per token, the head whole, a table that is both once), and the keys and values
@@ -257,7 +257,7 @@ def _run(
     for i, case in enumerate(cases, 1):
         # One line before each test: a bar that moves would take time from what is measured.
         click.echo(f"measuring {case.name} ({i} of {len(cases)}) ...", err=True)
-        results = in_turn(decoders, case, repetitions, profile)
+        results = in_turn(decoders, case, repetitions, profile, alike=sources[0].bits is not None)
         for source, setting, result in zip(sources, settings, results):
             # What skips in its layers is compared with what has the same head.
             other = results[1] if source.sketch_head and source.sparsity else results[0]

@@ -13,7 +13,7 @@ import numpy as np
 from ondevice.errors import OptionError
 from ondevice.machine import memory_bytes
 from ondevice_bench.parts import Profile, profile_table
-from ondevice_bench.traffic import bytes_per_token, held_bytes
+from ondevice_bench.traffic import bytes_per_token, held_arrays, held_bytes
 
 if TYPE_CHECKING:
     from ondevice.decoder import Decoder
@@ -67,9 +67,15 @@ def in_turn(
     repetitions: int,
     profile: bool = False,
     between: Callable[[], object] | None = None,
+    alike: bool = False,
 ) -> list[Result]:
-    """The same test on several models, a repetition of each in turn: what disturbs one disturbs the others too."""
-    runs = [_Run(decoder, case) for decoder in decoders]
+    """The same test on several models, a repetition of each in turn: what disturbs one disturbs the others too.
+
+    Args:
+        alike: read the depth once, and give its keys and values to every sequence, each in memory of its own. For
+            random weights, where what the context says means nothing.
+    """
+    runs = [_Run(decoder, case, alike) for decoder in decoders]
     for run in runs:
         run.once(between)
     before = [_skipped(run.decoder) for run in runs]
@@ -104,7 +110,7 @@ def _profile(run: _Run) -> Profile:
 class _Run:
     """A test's cache, filled to its depth, and its tokens."""
 
-    def __init__(self, decoder: Decoder, case: Case) -> None:
+    def __init__(self, decoder: Decoder, case: Case, alike: bool) -> None:
         self.decoder, self.case = decoder, case
         self.cache = decoder.new_cache(case.batch, case.positions)
         self._check_memory()
@@ -112,7 +118,10 @@ class _Run:
         self.tokens = random.integers(0, decoder.spec.vocab_size, (case.batch, case.positions)).tolist()
         if case.depth:
             for slot, tokens in enumerate(self.tokens):
-                self._read(tokens[: case.depth], slot)
+                if slot and alike:
+                    self._copy(slot)
+                else:
+                    self._read(tokens[: case.depth], slot)
 
     def _check_memory(self) -> None:
         need, available = held_bytes(self.cache.pages), memory_bytes()[1]
@@ -125,6 +134,16 @@ class _Run:
     def _read(self, tokens: list[int], slot: int) -> None:
         for _ in self.decoder.prefill(tokens, self.cache, slot):
             pass
+
+    def _copy(self, slot: int) -> None:
+        """Gives a sequence what the first one has read."""
+        cache = self.cache
+        cache.reserve(slot, self.case.depth)
+        first, own = cache.block_table[0], cache.block_table[slot]
+        for array in held_arrays(cache.pages):
+            for source, target in zip(first, own[: -(-self.case.depth // cache.page)]):
+                array[:, target] = array[:, source]
+        cache.lengths[slot] = self.case.depth
 
     def _decode(self, position: int) -> None:
         self.decoder.decode([tokens[position] for tokens in self.tokens], self.cache, range(self.case.batch), top=1)

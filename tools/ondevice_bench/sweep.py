@@ -66,7 +66,7 @@ def sweep(
             progress(0, 0, f"sweeping {source.sparsity.text} at {rows:g}")
             own = dataclasses.replace(source, sparsity=source.sparsity.at(rows))
             sparse = load_decoder(own, backend, threads, [case])
-            of_dense, of_sparse = in_turn([dense, sparse], case, rounds)
+            of_dense, of_sparse = in_turn([dense, sparse], case, rounds, alike=True)
             ratios = [b / a for a, b in zip(of_dense.samples, of_sparse.samples)]
             skippable = held_bytes([layer.ffn for layer in dense.layers]) * _share(sparse.spec) / case.batch
             floor = of_dense.bytes_per_token / (of_dense.bytes_per_token - (1 - rows) * skippable)

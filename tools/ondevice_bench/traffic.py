@@ -18,20 +18,24 @@ if TYPE_CHECKING:
     from ondevice_bench.cases import Case
 
 
-def held_bytes(*handles: Any) -> int:
-    """Bytes of all arrays in a table's handles, whatever they are made of; an array met twice counts once."""
-    found: dict[int, int] = {}
+def held_arrays(*handles: Any) -> list[Any]:
+    """All arrays in a table's handles, whatever they are made of, each once."""
+    found: dict[int, Any] = {}
     waiting = list(handles)
     while waiting:
         value = waiting.pop()
-        nbytes = getattr(value, "nbytes", None)
-        if isinstance(nbytes, int):
-            found[id(value)] = nbytes
+        if isinstance(getattr(value, "nbytes", None), int):
+            found[id(value)] = value
         elif is_dataclass(value):
             waiting += [getattr(value, field.name) for field in fields(value)]
         elif isinstance(value, (list, tuple)):
             waiting += value
-    return sum(found.values())
+    return list(found.values())
+
+
+def held_bytes(*handles: Any) -> int:
+    """Bytes of all arrays in a table's handles; an array met twice counts once."""
+    return sum(array.nbytes for array in held_arrays(*handles))
 
 
 def model_bytes(decoder: Decoder) -> int:
