@@ -56,6 +56,12 @@ class Buffer:
         """Bytes between rows."""
         return self.stride * 4
 
+    def row(self, index: int) -> Buffer:
+        """One row of floats that have been made; of a single row, the buffer itself."""
+        if self.rows == 1:
+            return self
+        return Buffer(1, self.width, self.stride, self.block, self.address + index * self.stride_bytes)
+
 
 class Recording:
     """A program while operations are added to it.

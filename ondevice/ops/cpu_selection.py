@@ -234,6 +234,22 @@ def record_table(
     return Table(memory, memory.address, neurons, chosen.groups_of(neurons), mask, selection.rows)
 
 
+def record_token_table(
+    recording: Recording, selection: Selection, token: int, statistics: NDArray[np.int64] | None = None
+) -> Table:
+    """The table of the neurons that one token of several selected; where they share a selection, that of all."""
+    mask, neurons = record_mask(recording, selection), selection.neurons
+    memory = Block(recording.program.memory, chosen.table_bytes(neurons))
+    wide = (
+        Block(recording.program.memory, mask_bytes(neurons)) if selection.block % 32 and selection.block > 1 else None
+    )
+    row = mask.address + (token * mask_bytes(selection.units) if selection.rows > 1 else 0)
+    units = (row, selection.units, 1, 0, 0, wide.address if wide else 0, selection.block, neurons)
+    counts = 0 if statistics is None else statistics
+    recording.program.add(chosen.chosen, 1, (*units, memory.address, np.zeros(8, np.int64), _POSITIONS, counts))
+    return Table(memory, memory.address, neurons, chosen.groups_of(neurons), mask if selection.block == 1 else wide, 1)
+
+
 def _finish(recording: Recording, selection: Selection, wide: Block | None, table: Block | None, counts: Any) -> None:
     """Records what makes the mask, if nothing did yet, and what is made of it."""
     maker = selection.maker

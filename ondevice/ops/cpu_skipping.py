@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from cpu_kernels import rows
 from cpu_kernels.compile import Kernel
 from cpu_kernels.threads import ThreadPool
 from ondevice.checkpoint.quantization import Quantized, Tensor
-from ondevice.ops import cpu_selection
+from ondevice.ops import cpu_selection, cpu_sparse_inputs, cpu_sparse_tiles
 from ondevice.ops.base_skipping import SkippingOps, Tally
 from ondevice.ops.cpu_activations import ACTIVATIONS
 from ondevice.ops.cpu_attention import HeadMask, record_topk_attention
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from ondevice.ops.base import Step
     from ondevice.sparsity.head_sketch import SketchTensors
 
+ONE_BY_ONE = 16
+"""Tokens of a step up to which layers run token by token: so few do not pay for unpacking weights into tiles."""
 BLOCK = 32
 """Neurons from which on blocks are whole tiles, which are faster than single neurons."""
 
@@ -246,24 +248,37 @@ class CpuSkipping(SkippingOps):
         weights, kind, now = ffn.weights, ACTIVATIONS[activation], self._now
         if selection is None:
             now.program.count("ffn", None, 0)
-        residual = None if residual is None else now.floats(residual)
-        if x.rows != 1 and isinstance(weights, SparseTiles) and ffn.many is None:
-            return record_grouped(now, x, weights, self._experts(selection, ffn), kind, residual)
-        table = self._table(selection, ffn.counted)
         values = None if selection is None or selection.values is None else now.floats(selection.values)
-        if x.rows != 1 and ffn.many is not None:
-            return record_many(now, x, ffn.many, _union(table, values), kind, residual)
+        if x.rows > 1 and ffn.many is None:
+            return record_grouped(now, x, weights, self._experts(selection, ffn), kind, residual)
+        x, residual = self._read_by_all(x, residual)
+        if x.rows > ONE_BY_ONE and ffn.many is not None:
+            return record_many(now, x, ffn.many, _union(self._table(selection, ffn.counted), values), kind, residual)
         if isinstance(weights, SparseTiles):
-            return record_tiles(now, x, weights, Chosen(table.address, values), kind, residual)
-        h = record_rows(now, x, weights.up, table.address, kind, values)
-        return record_inputs(now, h, table.address, [weights.down], residual)
+            out = cpu_sparse_tiles.new_outputs(now, weights, x.rows)
+        else:
+            out = cpu_sparse_inputs.new_outputs(now, [weights.down], x.rows)
+        for token, table in enumerate(self._tables(selection, x.rows, ffn.counted)):
+            mine, own = x.row(token), None if values is None else values.row(token)
+            rest, place = None if residual is None else residual.row(token), out.row(token)
+            if isinstance(weights, SparseTiles):
+                record_tiles(now, mine, weights, Chosen(table.address, own), kind, rest, place)
+            else:
+                h = record_rows(now, mine, weights.up, table.address, kind, own)
+                record_inputs(now, h, table.address, [weights.down], rest, out=place)
+        return out
 
     def sparse_linear(self, x: Buffer, weight: Inputs, selection: Selection, residual: Buffer | None = None) -> Buffer:
-        residual = None if residual is None else self._now.floats(residual)
-        table = self._table(selection, weight.counted)
-        if x.rows != 1:
-            return record_many_inputs(self._now, x, weight.weights, _union(table), residual)
-        return record_inputs(self._now, x, table.address, weight.weights, residual, compact=False)
+        x, residual = self._read_by_all(x, residual)
+        if x.rows > ONE_BY_ONE:
+            return record_many_inputs(
+                self._now, x, weight.weights, _union(self._table(selection, weight.counted)), residual
+            )
+        out = cpu_sparse_inputs.new_outputs(self._now, weight.weights, x.rows)
+        for token, table in enumerate(self._tables(selection, x.rows, weight.counted)):
+            rest, place = None if residual is None else residual.row(token), out.row(token)
+            record_inputs(self._now, x.row(token), table.address, weight.weights, rest, compact=False, out=place)
+        return out
 
     def mask(self, h: Buffer, selection: Selection) -> Buffer:
         self.ran_dense("ffn")
@@ -288,6 +303,12 @@ class CpuSkipping(SkippingOps):
         cpu_selection.record_table(self._now, made, False, ffn.counted.numbers)
         return Experts(made.mask.address, cpu_selection.mask_bytes(made.units) if made.rows > 1 else 0, made.units)
 
+    def _read_by_all(self, x: Buffer, residual: Buffer | None) -> tuple[Buffer, Buffer | None]:
+        """The floats of several tokens, of which each is then a row. A single token can stay what it is."""
+        if x.rows > 1:
+            self._now.floats(x)
+        return x, None if residual is None else self._now.floats(residual)
+
     def _table(self, selection: Selection | None, counted: _Counted) -> cpu_selection.Table:
         """The table of what any token needs."""
         if selection is None:
@@ -295,6 +316,14 @@ class CpuSkipping(SkippingOps):
             self._now.program.keep(everything)
             return everything
         return cpu_selection.record_table(self._now, selection.mask, selection.mask.rows > 1, counted.numbers)
+
+    def _tables(self, selection: Selection | None, tokens: int, counted: _Counted) -> Iterator[cpu_selection.Table]:
+        """Each token's table, recorded when it is asked for: tokens run one after the other."""
+        for token in range(tokens):
+            if selection is None or tokens == 1:
+                yield self._table(selection, counted)
+            else:
+                yield cpu_selection.record_token_table(self._now, selection.mask, token, counted.numbers)
 
     def topk_attention(
         self, q: Buffer, cache: KVCache, layer: int, step: Step, scale: float, window: int, r: int, k: int

@@ -132,6 +132,7 @@ def record_inputs(
     weight: Sequence[InputMajor],
     residual: Buffer | None = None,
     compact: bool = True,
+    out: Buffer | None = None,
 ) -> Buffer:
     """W h + bias (+ residual) for one token, over the inputs of a table.
 
@@ -140,9 +141,10 @@ def record_inputs(
         table: its address.
         weight: matrices whose outputs follow each other.
         residual: [1, outputs].
+        out: where the result goes, as `new_outputs` makes it; a new buffer if not given.
     """
     starts = np.cumsum([0] + [part.rows for part in weight]).tolist()
-    out = new_outputs(recording, weight, 1)
+    out = out or new_outputs(recording, weight, 1)
     extra = recording.floats(residual) if residual else None
     source = recording.floats(h)
     for start, part in zip(starts, weight):

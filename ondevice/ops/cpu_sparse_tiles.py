@@ -157,14 +157,23 @@ def record_tiles(
     chosen: Chosen,
     activation: int,
     residual: Buffer | None,
+    out: Buffer | None = None,
 ) -> Buffer:
     """The layer's result for one token, which needs all that the table has (+ residual).
 
     Args:
         activation: its number in `cpu_kernels.rows.activate`.
+        out: where the result goes, as `new_outputs` makes it; a new buffer if not given.
     """
     h = _record_up(recording, x, ffn, chosen, activation)
-    return _record_down(recording, h, ffn, chosen, residual)
+    out = out or new_outputs(recording, ffn, 1)
+    _record_down(recording, h, ffn, chosen, residual, out)
+    return out
+
+
+def new_outputs(recording: Recording, ffn: SparseTiles, rows: int) -> Buffer:
+    """Memory for results of several tokens."""
+    return recording.new(rows, ffn.down.rows, span=16 * ffn.down.row_tiles)
 
 
 def _record_up(recording: Recording, x: Buffer, ffn: SparseTiles, chosen: Chosen, activation: int) -> Buffer:
@@ -181,10 +190,11 @@ def _record_up(recording: Recording, x: Buffer, ffn: SparseTiles, chosen: Chosen
     return h
 
 
-def _record_down(recording: Recording, h: Buffer, ffn: SparseTiles, chosen: Chosen, residual: Buffer | None) -> Buffer:
+def _record_down(
+    recording: Recording, h: Buffer, ffn: SparseTiles, chosen: Chosen, residual: Buffer | None, out: Buffer
+) -> None:
     _, down = ffn.layouts
     tiles = ffn.down
-    out = recording.new(1, tiles.rows, span=16 * tiles.row_tiles)
     each = codes.panel_bytes(ffn.neurons, 1)
     panel = recording.own_scratch("panel", each)
     made = recording.program.store((panel, each, h.address, chosen.table, ffn.neurons // 32, ffn.neurons, 0, 0))
@@ -194,4 +204,3 @@ def _record_down(recording: Recording, h: Buffer, ffn: SparseTiles, chosen: Chos
     work = ffn.neurons * tiles.rows
     first = (chosen_inputs.quantize_chosen, made)
     recording.program.add(blocks_down(down), bands, arguments, first=first, work=work)
-    return out

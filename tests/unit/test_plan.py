@@ -182,7 +182,7 @@ def test_what_is_measured_runs_and_leaves_the_table_alone(name: str, monkeypatch
     ratios = trials._measure(CpuOps(2), [0, 2])
     assert list(ratios) == list(break_even.DENSITIES) and all(ratio > 0 for ratio in ratios.values())
     assert "measuring where skipping is faster, once for this machine" in told
-    assert all(tally.calls == 0 for tally in table.counts().values()) and table.step_tokens(512) == 512
+    assert all(tally.calls == 0 for tally in table.counts().values())
 
 
 @pytest.fixture(scope="module")
