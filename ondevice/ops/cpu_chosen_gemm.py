@@ -183,6 +183,7 @@ class _Made:
         recording, groups = self.recording, -(-self.neurons // 32)
         row_bytes, (width, *_) = 128 * groups, codes.panel_widths()
         n_panels, memory = -(-self.rows // width), recording.program.memory
+        out: Any
         if coded:
             block, shape = Block(memory, n_panels * codes.panel_bytes(32 * groups, width)), codes.last_width(self.rows)
             out, panels = recording.scratch("activations", width * row_bytes), block.address

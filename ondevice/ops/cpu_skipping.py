@@ -249,7 +249,7 @@ class CpuSkipping(SkippingOps):
         if selection is None:
             now.program.count("ffn", None, 0)
         values = None if selection is None or selection.values is None else now.floats(selection.values)
-        if x.rows > 1 and ffn.many is None:
+        if x.rows > 1 and ffn.many is None and isinstance(weights, SparseTiles):
             return record_grouped(now, x, weights, self._experts(selection, ffn), kind, residual)
         x, residual = self._read_by_all(x, residual)
         if x.rows > ONE_BY_ONE and ffn.many is not None:

@@ -83,7 +83,7 @@ def make(neurons: int, d: int, mode: str, form: str) -> Layer:
     random = np.random.RandomState(7)
     biases = [random.standard_normal(n).astype(np.float32) for n in (neurons, neurons, d)]
     gate = matrix(neurons, 128, form, 1) if mode == "gated" else None
-    down = form if neurons % 128 == 0 else form if form in FLOATS else "4/32/symmetric"
+    down = form if form in FLOATS or neurons % 128 == 0 else "4/32/symmetric"
     given = (biases[0] if gate is not None else None, *biases[1:])
     return Layer(gate, matrix(neurons, 128, form, 2), matrix(d, neurons, down, 3), given)
 
