@@ -33,9 +33,9 @@ def gather_chosen(arguments, tile, thread):
 @kernel("quantize chosen")
 def quantize_chosen(arguments, tile, thread):
     """Makes each thread's own codes of a row; `row` is memory to gather it in first, 0 if x is compact."""
-    panels, each, x, table, groups, inputs, row, row_each = unpack(arguments, "iiiiiiii")
+    panels, each, x, table, groups, row, row_each = unpack(arguments, "iiiiiii")
     if row != 0:
         _gather(row + thread * row_each, x, table, groups)
         x = row + thread * row_each
     n = 32 * i32_at(table)
-    quantize_rows(x, 4 * n, 1, panels + thread * each, n, 1, inputs)
+    quantize_rows(x, 4 * n, 1, panels + thread * each, n, 1)

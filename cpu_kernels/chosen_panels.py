@@ -59,14 +59,14 @@ def _activated(source, mode, kind, i, gate_bias, up_bias, value):
 def activate_chosen(arguments, tile, thread):
     """A panel of tokens: their activations, then their codes.
 
-    Its arguments: what `gemm_up` gave and its stride, table, its groups, neurons of the whole layer, mode, which
+    Its arguments: what `gemm_up` gave and its stride, table, its groups, mode, which
     activation, biases of gate and of up by neuron (0 for none), values by neuron and their stride, masks (0 for none)
     and their stride, panels (0 for floats), tokens of a panel, width of the last, number of tokens, where activations
     go (memory for a panel's for each thread; without panels, for all tokens), bytes between the memory of threads, and
     96 floats for each thread.
     """
-    (x, stride, table, groups, neurons, mode, kind, gate_bias, up_bias, values, values_stride, masks, mask_stride,
-     panels, width, last_width, n_tokens, out, each, spare) = unpack(arguments, "iiiiiiiiiiiiiiiiiiii")  # fmt: skip
+    (x, stride, table, groups, mode, kind, gate_bias, up_bias, values, values_stride, masks, mask_stride,
+     panels, width, last_width, n_tokens, out, each, spare) = unpack(arguments, "iiiiiiiiiiiiiiiiiii")  # fmt: skip
     n, parts, row_bytes = 32 * entry_count(table), 2 if mode == GATED else 1, 128 * groups
     first, end = tile * width, min(tile * width + width, n_tokens)
     h = out + thread * each if panels != 0 else out + first * row_bytes
@@ -89,4 +89,4 @@ def activate_chosen(arguments, tile, thread):
                 store_f32(target + 4 * i, _kept(y, chosen + 4 * i, count - i, bits))
     if panels != 0:
         panel = panels + tile * panel_bytes(n, width)
-        quantize_rows(h, row_bytes, end - first, panel, n, last_width if end == n_tokens else width, neurons)
+        quantize_rows(h, row_bytes, end - first, panel, n, last_width if end == n_tokens else width)

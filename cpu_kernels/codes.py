@@ -30,12 +30,14 @@ from cpu_kernels import amx
 from cpu_kernels.integer_dots import instruction_set
 from cpu_kernels.simd import (
     absolute,
+    add,
     f32_at,
     fma,
     largest,
     load_f32,
     maximum,
     mul,
+    not_zero,
     round_to_i32,
     set_f32,
     set_i32,
@@ -52,8 +54,9 @@ from cpu_kernels.simd import (
 
 F32 = np.float32
 FINE = 4.0
-"""A group is fine if its largest value exceeds this many times the row's root mean square. Every sixth group of SmolLM2
-is, and of the tokens that one plane would change, two of three are kept."""
+"""A group is fine if its largest value exceeds this many times the root mean square of the row's values that are not 0,
+so that a row's groups are fine or not however many were left out. Every sixth group of SmolLM2 is, and of the tokens
+that one plane would change, two of three are kept."""
 TILE = 16
 """Tokens of a panel for tile instructions."""
 FINE_GROUP = 64
@@ -104,14 +107,15 @@ def _low(v):
 
 
 @numba.njit(error_model="numpy")
-def root_mean_square(x, n, of):
-    """Of `of` values, all but n of them 0; NaN if any is NaN or infinite."""
-    squares, poison = zeros(), zeros()
+def root_mean_square(x, n):
+    """Of those of n values that are not 0; NaN if any is NaN or infinite."""
+    squares, poison, count = zeros(), zeros(), zeros()
     for i in range(0, n, 16):
         v = load_f32(x + 4 * i)
         squares = fma(v, v, squares)
         poison = fma(v, zeros(), poison)
-    return F32(math.sqrt(total(squares) / F32(of))) + total(poison)
+        count = add(count, not_zero(v))
+    return F32(math.sqrt(total(squares) / max(total(count), F32(1)))) + total(poison)
 
 
 @numba.njit(error_model="numpy")
@@ -161,11 +165,10 @@ def quantize_group(x, rms, panel, n, width, token, group, fine):
 
 
 @numba.njit(error_model="numpy")
-def quantize_rows(x, stride, count, panel, n, width, of):
+def quantize_rows(x, stride, count, panel, n, width):
     """Rounds `count` rows of n floats (a multiple of 32), `stride` bytes apart, into a panel; the rest of it is zeros.
 
-    A group of zeros gives zeros; NaN or infinity anywhere makes a row's scales NaN, so that it is not lost. The n are
-    what is not 0 of `of` values, so that a row's groups are fine or not however many zeros were left out.
+    A group of zeros gives zeros; NaN or infinity anywhere makes a row's scales NaN, so that it is not lost.
     """
     first = panel + fine_at(n, width)
     if n == 0:
@@ -174,7 +177,7 @@ def quantize_rows(x, stride, count, panel, n, width, of):
     fine = first + 64
     for token in range(count):
         # Kept where the row's last number will be, which is written last.
-        set_f32(panel + n * width + n // 2 * width - 4 * (width - token), root_mean_square(x + token * stride, n, of))
+        set_f32(panel + n * width + n // 2 * width - 4 * (width - token), root_mean_square(x + token * stride, n))
     for group in range(n // 32):
         for token in range(count):
             rms = f32_at(panel + n * width + n // 2 * width - 4 * (width - token))

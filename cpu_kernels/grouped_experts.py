@@ -119,13 +119,13 @@ def experts_up(layout: Layout, gated: bool) -> Kernel:
 
 @kernel("experts' norms")
 def experts_norms(arguments, tile, thread):
-    """Root mean square of token `tile`'s activations, as those of all neurons.
+    """Root mean square of token `tile`'s activations.
 
     Its arguments: out, activations and their stride, masks and bytes between them, experts, groups of an expert.
     """
     out, h, stride, masks, mask_stride, experts, groups = unpack(arguments, "iiiiiii")
     n = experts_before(masks + tile * mask_stride, experts) * groups * 32
-    set_f32(out + 4 * tile, root_mean_square(h + tile * stride, n, experts * groups * 32))
+    set_f32(out + 4 * tile, root_mean_square(h + tile * stride, n))
 
 
 @kernel("experts' codes")

@@ -110,22 +110,39 @@ def _vector_by_vector(b, layout, unpacked, quads, starts):
 
 @functools.cache
 def fine_products(layout: Layout):
-    """Intrinsic: adds to 16 sums of each token what the second planes of a panel's fine groups give."""
+    """Intrinsic: adds to 16 sums of each token what the second planes of a panel's fine groups give.
+
+    Codes are loaded once for tokens that follow each other with the same group.
+    """
 
     @intrinsic
     def products(context, sums, unpacked, fine):
         def codegen(ctx, b, signature, args):
             sums, unpacked, fine = args
-            with cgutils.for_range(b, simd.i64_at.build(b, fine)) as loop:
-                entry = b.add(offset(b, fine, 64), b.mul(loop.index, I64(FINE_GROUP)))
-                at = b.add(unpacked, b.mul(simd.i32_at.build(b, entry), I64(group_bytes(layout))))
-                codes = [simd.load_bytes.build(b, offset(b, at, 64 * j)) for j in range(8)]
-                scales = [simd.load_f32.build(b, offset(b, at, 512 + 64 * i)) for i in range(layout.parts)]
-                starts = starting(b, layout, offset(b, entry, SUM), offset(b, entry, HALF_SUM))
-                products = dots(b, layout, codes, offset(b, entry, PLANE), 4, starts)
-                scale = simd.splat_f32_at.build(b, offset(b, entry, SCALE))
-                place = b.add(sums, b.mul(simd.i32_at.build(b, offset(b, entry, 4)), I64(64)))
-                simd.store_f32.build(b, place, gained(b, simd.load_f32.build(b, place), products, scale, scales))
+            first = offset(b, fine, 64)
+            end = b.add(first, b.mul(simd.i64_at.build(b, fine), I64(FINE_GROUP)))
+            current = cgutils.alloca_once_value(b, first)
+            load, add, more, done = (b.append_basic_block(f"fine.{name}") for name in ("load", "add", "more", "done"))
+            b.cbranch(b.icmp_signed("<", first, end), load, done)
+            b.position_at_end(load)
+            group = simd.i32_at.build(b, b.load(current))
+            at = b.add(unpacked, b.mul(group, I64(group_bytes(layout))))
+            codes = [simd.load_bytes.build(b, offset(b, at, 64 * j)) for j in range(8)]
+            scales = [simd.load_f32.build(b, offset(b, at, 512 + 64 * i)) for i in range(layout.parts)]
+            b.branch(add)
+            b.position_at_end(add)
+            entry = b.load(current)
+            starts = starting(b, layout, offset(b, entry, SUM), offset(b, entry, HALF_SUM))
+            products = dots(b, layout, codes, offset(b, entry, PLANE), 4, starts)
+            scale = simd.splat_f32_at.build(b, offset(b, entry, SCALE))
+            place = b.add(sums, b.mul(simd.i32_at.build(b, offset(b, entry, 4)), I64(64)))
+            simd.store_f32.build(b, place, gained(b, simd.load_f32.build(b, place), products, scale, scales))
+            following = offset(b, entry, FINE_GROUP)
+            b.store(following, current)
+            b.cbranch(b.icmp_signed("<", following, end), more, done)
+            b.position_at_end(more)
+            b.cbranch(b.icmp_signed("==", simd.i32_at.build(b, following), group), add, load)
+            b.position_at_end(done)
             return ctx.get_dummy_value()
 
         return types.void(*[types.int64] * 3), codegen

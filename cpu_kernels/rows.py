@@ -53,7 +53,7 @@ def _encode(x, stride, first, last, panels, each, thread, tile, width, last_widt
     """Rows first..last-1, the first of them at x, into their panel."""
     if panels != 0:
         panel = panels + thread * each + tile * panel_bytes(n, width)
-        quantize_rows(x, stride, last - first, panel, n, last_width if last == n_rows else width, n)
+        quantize_rows(x, stride, last - first, panel, n, last_width if last == n_rows else width)
 
 
 @kernel("quantize")

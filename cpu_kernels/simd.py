@@ -382,6 +382,12 @@ def _halves(b, v, combine):
     return b.extract_element(v, I32(0))
 
 
+@op(F(F))
+def not_zero(b, v):
+    """1 where a lane is not 0, 0 where it is."""
+    return b.select(b.fcmp_unordered("!=", v, floats(0)), floats(1), floats(0))
+
+
 @op(S(F))
 def total(b, v):
     return _halves(b, v, b.fadd)

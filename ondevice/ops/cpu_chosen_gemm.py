@@ -193,7 +193,7 @@ class _Made:
         before = (self.before.address, self.before.stride_bytes) if self.before else (0, 0)
         values = (self.values.address, self.values.stride_bytes) if self.values else (0, 0)
         biases = (0 if bias is None else bias for bias in (self.gate_bias, self.up_bias))
-        what = (self.union.table, groups, self.neurons, self.mode, self.activation, *biases, *values)
+        what = (self.union.table, groups, self.mode, self.activation, *biases, *values)
         own = (self.union.masks, self.union.mask_bytes, panels, width, shape, self.rows, out, width * row_bytes)
         spare = recording.scratch("activations of an entry", 384)
         recording.program.add(chosen_panels.activate_chosen, n_panels, (*before, *what, *own, spare))

@@ -184,7 +184,7 @@ def _inputs(
     if weight.layout.bits:
         each = codes.panel_bytes(32 * groups, 1)
         panel = recording.own_scratch("panel", each)
-        arguments = (panel, each, h.address, table, groups, weight.inputs, row, row_bytes)
+        arguments = (panel, each, h.address, table, groups, row, row_bytes)
         return panel, each, recording.fetch_first(fetch, (chosen_inputs.quantize_chosen, arguments))
     if compact:
         return h.address, 0, (fetch[0], recording.program.store(fetched))

@@ -197,7 +197,7 @@ def _record_down(
     tiles = ffn.down
     each = codes.panel_bytes(ffn.neurons, 1)
     panel = recording.own_scratch("panel", each)
-    made = recording.program.store((panel, each, h.address, chosen.table, ffn.neurons // 32, ffn.neurons, 0, 0))
+    made = recording.program.store((panel, each, h.address, chosen.table, ffn.neurons // 32, 0, 0))
     extra = (0 if tiles.bias is None else tiles.bias, recording.floats(residual).address if residual else 0)
     bands = tiles.row_tiles // down.band
     arguments = (out.address, chosen.table, tiles.data, tiles.data.nbytes // bands, panel, each, *extra)

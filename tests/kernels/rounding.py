@@ -17,5 +17,6 @@ def rounded(x: NDArray[Any]) -> NDArray[np.float64]:
     high = np.rint(groups * np.where(some, np.float32(127) / np.where(some, peak, 1), 0).astype(np.float32))
     step = np.where(some, peak.astype(np.float64) / 127, 1)
     low = np.minimum(np.rint((groups - high * step) / (step / 256)), 127)
-    fine = peak > 4 * np.sqrt((groups.astype(np.float64) ** 2).mean(axis=(1, 2), keepdims=True))
+    count = np.maximum(np.count_nonzero(groups, axis=(1, 2), keepdims=True), 1)
+    fine = peak > 4 * np.sqrt((groups.astype(np.float64) ** 2).sum(axis=(1, 2), keepdims=True) / count)
     return np.where(some, (high + np.where(fine, low / 256, 0)) * step, 0).reshape(x.shape)

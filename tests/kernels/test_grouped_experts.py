@@ -105,7 +105,7 @@ def test_experts_against_float64(mode: str, kind: str, groups: int) -> None:
     h = rounded(cases.hidden(layer, x, cases.spread(mask, groups * 32, neurons), kind))
     expected = cases.result(layer, h, residual)
     # An activation that lies between two int8 steps may be rounded the other way.
-    assert np.abs(got - expected).max() <= 1e-3 * np.abs(expected).max()
+    assert np.abs(got - expected).max() <= 2e-3 * np.abs(expected).max()
     assert np.abs(got - expected).mean() <= 1e-5 * np.abs(expected).max()
 
 

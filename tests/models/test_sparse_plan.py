@@ -21,10 +21,11 @@ RELU_CATS = "cats_exact"
 KIND = {name: method.kind(sparse_spec(name)) for name, (_, method) in METHODS.items()}
 SAME = [name for name in METHODS if KIND[name] != "approximate"]
 OTHER = [name for name in METHODS if KIND[name] == "approximate"]
-FLOAT_TOLERANCE, QUANTIZED_TOLERANCE = 1e-4, 1e-3
+FLOAT_TOLERANCE, QUANTIZED_TOLERANCE = 1e-4, 1e-2
 """Median over tokens of the RMS difference, as a part of the logits' deviation. float32 sums in another order move a
-logit by 1e-6 of that, and by more where they tip a selection. With quantized weights, activations are rounded to int8,
-by groups that differ between the forms."""
+logit by 1e-6 of that, and by more where they tip a selection. With quantized weights, activations are rounded to int8:
+one that lies between two steps may be rounded the other way, which later tokens then see too."""
+LOSS_TOLERANCE = 1e-3
 
 
 def plans(name: str, bits: int, ops: Any) -> list[Any]:
@@ -74,7 +75,7 @@ def test_masked_dense_equals_sparse_on_the_cpu(name: str, bits: int) -> None:
     assert furthest(prefill_logits(sparse, IDS), prefill_logits(dense, IDS)) < tolerance
     assert furthest(batch_logits(sparse, LENGTHS), batch_logits(dense, LENGTHS)) < tolerance
     a, b = (evaluate(decoder, IDS.tolist(), 20) for decoder in (sparse, dense))
-    assert a.nll == pytest.approx(b.nll, abs=tolerance)
+    assert a.nll == pytest.approx(b.nll, abs=LOSS_TOLERANCE if bits else FLOAT_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", OTHER)
