@@ -109,17 +109,17 @@ def test_where_ratios_cross_the_margin() -> None:
 
 
 def test_what_loses_its_selection_must_be_worth_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """A tie goes to the sparse form where both give the same result, and to the dense one where it is more exact."""
+    """6 % are enough where both forms give the same result, but not where the dense one is more exact."""
     monkeypatch.setattr(measurements, "folder", lambda: tmp_path)
-    monkeypatch.setitem(RATIOS, 1.0, 0.99)
+    monkeypatch.setitem(RATIOS, 1.0, 0.94)
     found, _ = break_evens(monkeypatch)
     assert found.of_layer(0) == 1.0
     cats = dataclasses.replace(METHODS["cats"][1], densities=THREE)
     found, _ = break_evens(monkeypatch, spec=sparse_spec("cats", sparsity=cats))
-    assert found.of_layer(0) == 0.5
+    assert found.of_layer(0) == pytest.approx(0.75)
 
 
-RATIOS = {0.1: 0.5, 0.5: 0.97, 1.0: 1.03}
+RATIOS = {0.1: 0.5, 0.5: 0.9, 1.0: 1.0}
 
 
 def break_evens(monkeypatch: pytest.MonkeyPatch, threads: int = 2, spec: Any = None, ops: Any = None) -> Any:
@@ -133,13 +133,13 @@ def break_evens(monkeypatch: pytest.MonkeyPatch, threads: int = 2, spec: Any = N
 def test_layers_alike_are_measured_once_on_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(measurements, "folder", lambda: tmp_path / "cache")
     first, calls = break_evens(monkeypatch)
-    assert [first.of_layer(i) for i in range(3)] == [0.75] * 3 and calls == [[0, 1], [2]]
+    assert [first.of_layer(i) for i in range(3)] == [pytest.approx(0.75)] * 3 and calls == [[0, 1], [2]]
     assert measurements.count() == 2 and not list((tmp_path / "cache").glob(".tmp-*"))
     again, calls = break_evens(monkeypatch, spec=lte((0.9, 0.9, 0.9)))
-    assert again.of_layer(1) == 0.75 and calls == []
+    assert again.of_layer(1) == pytest.approx(0.75) and calls == []
     for other in ({"threads": 1}, {"spec": sparse_spec("lte", sparsity=Lte(8, densities=THREE))}):
         fresh, calls = break_evens(monkeypatch, **other)
-        assert fresh.of_layer(0) == 0.75 and calls == [[0, 1]]
+        assert fresh.of_layer(0) == pytest.approx(0.75) and calls == [[0, 1]]
     measurements.clear()
     assert measurements.count() == 0
 
@@ -151,7 +151,7 @@ def test_damaged_measurements_are_made_again(monkeypatch: pytest.MonkeyPatch, tm
     (path,) = tmp_path.glob("*.json")
     path.write_text(text)
     again, calls = break_evens(monkeypatch)
-    assert again.of_layer(0) == 0.75 and calls == [[0, 1]] and json.loads(path.read_text())["ratios"]
+    assert again.of_layer(0) == pytest.approx(0.75) and calls == [[0, 1]] and json.loads(path.read_text())["ratios"]
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(
@@ -159,7 +159,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(measurements, "folder", lambda: tmp_path / "file" / "cache")
-    assert break_evens(monkeypatch)[0].of_layer(0) == 0.75
+    assert break_evens(monkeypatch)[0].of_layer(0) == pytest.approx(0.75)
     assert "cannot be written" in caplog.text and "XDG_CACHE_HOME" in caplog.text
 
 
