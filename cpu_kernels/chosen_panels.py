@@ -17,7 +17,7 @@ from cpu_kernels.simd import I32, A, F, add, f32_at, i32_at, load_f32, mul, op, 
 from cpu_kernels.table import count_of, entry_count, group_of, neurons_of
 
 GATED, PLAIN, VALUED, TAKEN = range(4)
-"""act(gate) * up; act(up); value * up; the value itself."""
+"""act(gate) * up; act(up); value * act(up); the value itself."""
 
 
 @op(F(F, A, A, A))
@@ -52,7 +52,7 @@ def _activated(source, mode, kind, i, gate_bias, up_bias, value):
         return activate(y, kind)
     if mode == GATED:
         return mul(activate(add(load_f32(source + 4 * i), load_f32(gate_bias + 4 * i)), kind), y)
-    return mul(load_f32(value + 4 * i), y)
+    return mul(load_f32(value + 4 * i), activate(y, kind))
 
 
 @kernel("activate chosen")

@@ -152,7 +152,7 @@ def _erf(v):
 
 @numba.njit(error_model="numpy")
 def activate(v, kind):
-    """kind: 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu, 4 the absolute value."""
+    """kind: 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu, 4 the absolute value, 5 the value itself."""
     one = splat_f32(F32(1))
     half = splat_f32(F32(0.5))
     if kind == 0:
@@ -165,6 +165,8 @@ def activate(v, kind):
         return mul(mul(half, v), add(one, _erf(mul(v, splat_f32(F32(0.7071067812))))))
     if kind == 3:
         return maximum(v, zeros())
+    if kind == 5:
+        return v
     return absolute(v)
 
 

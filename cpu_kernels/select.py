@@ -20,7 +20,9 @@ from cpu_kernels.simd import (
     f32_at,
     fma,
     largest,
+    load_f32,
     maximum,
+    mul,
     set_f32,
     set_i64,
     splat_f32,
@@ -94,10 +96,10 @@ def _peak(x, n, sizes):
 def select_threshold(arguments, tile, thread):
     """Scores above a threshold, or at least at the threshold times the largest; NaN never.
 
-    sizes: whether scores count without their sign.
+    sizes: whether scores count without their sign. factors: of the units, where nothing is relative; 0 for none.
     """
-    scores, stride, n, threshold, relative, sizes = unpack(arguments, "iiifii")
-    tail = arguments + 48
+    scores, stride, n, threshold, relative, sizes, factors = unpack(arguments, "iiifiii")
+    tail = arguments + 56
     masks, units = unpack(tail, "ii")
     x, mask, limit = scores + tile * stride, masks + 8 * tile * words(units), F32(threshold)
     if relative:
@@ -110,7 +112,10 @@ def select_threshold(arguments, tile, thread):
     for w in range(words(n)):
         bits = 0
         for i in range(64 * w, min(64 * w + 64, n), 16):
-            bits |= bits_above(_value(x + 4 * i, n - i, sizes), bound, relative) << (i & 63)
+            value = _value(x + 4 * i, n - i, sizes)
+            if factors != 0:
+                value = mul(value, load_f32(factors + 4 * i))
+            bits |= bits_above(value, bound, relative) << (i & 63)
         set_i64(mask + 8 * w, bits)
     finish_selection(tail, tile)
 

@@ -150,11 +150,9 @@ def _add_bias(sums, bias, neurons, count, spare):
 
 @numba.njit(error_model="numpy")
 def _activate(sums, factors, count, kind):
-    """Activation of sums, times factors; addresses, 0 for no factors. kind: -1 for no activation."""
+    """Activation of sums, times factors; addresses, 0 for no factors."""
     for i in range(0, 4 * count, 64):
-        y = load_f32(sums + i)
-        if kind >= 0:
-            y = activate(y, kind)
+        y = activate(load_f32(sums + i), kind)
         if factors != 0:
             y = mul(y, load_f32(factors + i))
         store_f32(sums + i, y)
@@ -194,7 +192,7 @@ def fetch_rows(layout: RowLayout) -> Kernel:
 
 @functools.cache
 def sparse_rows(layout: RowLayout | FloatRows) -> Kernel:
-    """Kernel: act(gate x) * up x of the neurons in a table; with one row a neuron act(up x), or value * up x.
+    """Kernel: act(gate x) * up x of the neurons in a table; with one row a neuron act(up x), or value * act(up x).
 
     Args:
         layout: of the weights.
@@ -226,7 +224,7 @@ def sparse_rows(layout: RowLayout | FloatRows) -> Kernel:
             if values != 0:
                 _gather(others, values, neurons, count)
             factors = others if gated or values != 0 else 0
-            _activate(sums, factors, count, -1 if values != 0 else kind)
+            _activate(sums, factors, count, kind)
             _spread(out, table, groups, first, end, sums)
 
     return sparse_rows

@@ -73,10 +73,9 @@ def blocks_up(layout: Layout, mode: str) -> Kernel:
                 fetch(weight + following * tiles * tile_bytes)
             # In the order in which they lie in memory.
             h0, h1 = pair(at, tile_bytes, here, inputs, bias)
+            h0, h1 = activate(h0, kind), activate(h1, kind)
             if valued:
                 h0, h1 = mul(load_f32(values + group * 128), h0), mul(load_f32(values + group * 128 + 64), h1)
-            else:
-                h0, h1 = activate(h0, kind), activate(h1, kind)
             if gated:
                 u0, u1 = pair(at + 2 * tile_bytes, tile_bytes, here, inputs, bias + 128 if biases != 0 else 0)
                 h0, h1 = mul(h0, u0), mul(h1, u1)

@@ -58,6 +58,7 @@ class Decoder:
     final_norm: Handle
     head: Handle
     sketch: Handle | None = None
+    _seen: dict[tuple[str, int], Array] | None = None
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """An empty cache for `slots` sequences of at most `capacity` tokens."""
@@ -115,6 +116,38 @@ class Decoder:
         step = Step(np.asarray(tokens, np.int32), index, np.zeros_like(index), index)
         return self.ops.run(step, cache, lambda s: self._state(s, cache, 0), "states")
 
+    def watch(self, tokens: Sequence[int], places: Sequence[str], layers: Sequence[int]) -> list[NDArray[np.float32]]:
+        """What passes some places of some layers when a new sequence runs, as in a prompt.
+
+        Args:
+            tokens: [N] ids.
+            places: any of "attention" (its normed input), "heads" (its output, before the projection) and "ffn" (its
+                normed input).
+            layers: their numbers, ascending.
+
+        Returns:
+            For each of the places float32 [N, layers, width].
+        """
+        cache = self.new_cache(1, len(tokens))
+        cache.reserve(0, len(tokens))
+        index = np.arange(len(tokens), dtype=np.int32)
+        seen: dict[tuple[str, int], Array] = {}
+
+        def body(step: Step) -> Array:
+            self._seen = seen
+            try:
+                self._hidden(step, cache, layers[-1] + 1, 0)
+            finally:
+                self._seen = None
+            return self.ops.join([seen[place, i] for place in places for i in layers])
+
+        step = Step(np.asarray(tokens, np.int32), index, np.zeros_like(index), index)
+        joined = self.ops.run(step, cache, body, "watch")
+        heads = self.spec.n_heads * self.spec.head_dim
+        widths = [heads if place == "heads" else self.spec.d_model for place in places]
+        ends = np.cumsum([width * len(layers) for width in widths])
+        return [part.reshape(len(tokens), len(layers), -1) for part in np.split(joined, ends[:-1], axis=1)]
+
     def _step(self, step: Step, cache: KVCache, batch: int = 0, top: int = 0) -> NDArray[np.float32]:
         """Runs a step and takes its tokens into the cache.
 
@@ -154,7 +187,7 @@ class Decoder:
         ropes = self._layer_ropes(cache.capacity)
         for i, layer in enumerate(self.layers[:n_layers]):
             x, early = self._attention(i, layer, x, step, cache, ropes[i], batch)
-            x = self._ffn(layer, x, early)
+            x = self._ffn(i, layer, x, early)
         return x
 
     def _attention(
@@ -164,6 +197,7 @@ class Decoder:
         ops, spec = self.ops, self.spec
         ops.part("qkv")
         normed = ops.norm(x, layer.attn_norm)
+        self._see("attention", i, normed)
         early = layer.router(normed, batch)
         q, k, v = layer.qkv(normed)
         ops.part("attention")
@@ -175,12 +209,18 @@ class Decoder:
             k = ops.rope(k, spec.n_kv_heads * spec.rope_parts, step.positions, rope)
         ops.append(cache, i, k, v, step)
         a = layer.attend(q, cache, step, early.heads)
+        self._see("heads", i, a)
         ops.part("o")
         return self._residual(x, layer.post_attn_norm, lambda residual: layer.o(a, residual)), early
 
-    def _ffn(self, layer: Layer, x: Array, early: Early) -> Array:
+    def _see(self, place: str, i: int, x: Array) -> None:
+        if self._seen is not None:
+            self._seen[place, i] = x
+
+    def _ffn(self, i: int, layer: Layer, x: Array, early: Early) -> Array:
         self.ops.part("ffn")
         normed = self.ops.norm(x, layer.ffn_norm)
+        self._see("ffn", i, normed)
         return self._residual(x, layer.post_ffn_norm, lambda residual: layer.ffn(normed, residual, early))
 
     def _residual(self, x: Array, post_norm: Handle | None, branch: Callable[[Array | None], Array]) -> Array:

@@ -162,7 +162,7 @@ class MaskedNeurons:
 
     Args:
         up: may be the gate and up joined.
-        valued: the selection brings each neuron's factor, in the place of an activation.
+        activation: "none" for none.
     """
 
     ops: Ops
@@ -170,11 +170,10 @@ class MaskedNeurons:
     down: Linear
     activation: str
     gated: bool
-    valued: bool
 
     def __call__(self, x: Array, selection: Selection | None, residual: Array | None) -> Array:
         h = self.up(x)
-        if not self.valued:
+        if self.activation != "none":
             h = self.ops.activation(h, self.activation, self.gated)
         return self.down(h if selection is None else self.ops.mask(h, selection), residual)
 

@@ -93,13 +93,13 @@ class Packer:
         """The FFN of layer `i`, or one of its linears that is made as an FFN, in the form that the plan says.
 
         Args:
-            gate, up, down: names of linears; no gate where there is none, or where it is computed before.
+            gate, up, down: names of linears; no gate where there is none, or where one factor is computed before.
             block, valued: as of `Ops.pack_ffn`.
         """
         if not self.sparse(i):
             first = DenseLinear(self.ops, self.linear(*filter(None, (gate, up))))
             last = DenseLinear(self.ops, self.linear(down))
-            return MaskedNeurons(self.ops, first, last, activation, gate is not None, valued)
+            return MaskedNeurons(self.ops, first, last, activation, gate is not None)
         names = [name for name in (gate, up, down) if name is not None]
         weights = {name: self.get(f"{name}.weight") for name in names}
         biases = {name: self.optional(f"{name}.bias") for name in names}

@@ -69,13 +69,13 @@ class SkippingOps:
         """An FFN of D neurons of which each token may run some.
 
         Args:
-            gate: [D, in]; None where there is none, or where it is computed before (valued).
+            gate: [D, in]; None where there is none, or where one factor is computed before (valued).
             up: [D, in].
             down: [out, D].
             gate_bias, up_bias: [D] or None.
             down_bias: [out] or None; added once, whatever is selected.
             block: neurons that are always selected together; divides D.
-            valued: neurons are value * (up x + bias) with values that the selection brings.
+            valued: neurons are value * act(up x + bias) with values that the selection brings.
         """
         self._lacks("pack_ffn")
 
@@ -86,9 +86,9 @@ class SkippingOps:
 
         Args:
             x: [N, in].
-            ffn: of `pack_ffn`. h is act(gate x) * (up x), act(up x) without a gate, value * (up x) if valued.
+            ffn: of `pack_ffn`. h is act(gate x) * (up x), act(up x) without a gate, value * act(up x) if valued.
             selection: of the D neurons (see `expand`); None runs all of them.
-            activation: of the gate, or of up without one; not used if valued.
+            activation: of the gate, or of up without one; "none" for none.
             residual: [N, out].
 
         Returns:
@@ -136,8 +136,15 @@ class SkippingOps:
         """
         self._lacks("select_threshold")
 
-    def select_magnitude(self, x: Array, threshold: float) -> Selection:
-        """Each token's entries of [N, M] with |x| > threshold.
+    def pack_factors(self, values: Tensor) -> Handle:
+        """A factor for each unit [M], as `select_magnitude` takes it."""
+        self._lacks("pack_factors")
+
+    def select_magnitude(self, x: Array, threshold: float, factors: Handle | None = None) -> Selection:
+        """Each token's entries of [N, M] with |x| * factor > threshold.
+
+        Args:
+            factors: of `pack_factors`; None for 1.
 
         Source: of inputs, TEAL (Liu et al. 2024); of activated gates, CATS (Lee et al. 2024).
         """

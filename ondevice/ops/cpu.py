@@ -23,7 +23,7 @@ from ondevice.machine import default_threads
 from ondevice.ops.base import Body, Handle, Ops, Step
 from ondevice.ops.cpu_activations import ACTIVATIONS
 from ondevice.ops.cpu_attention import Pages, PartedPages, record_append, record_attention, topk_kernels
-from ondevice.ops.cpu_memory import WeightMemory
+from ondevice.ops.cpu_memory import WeightMemory, padded
 from ondevice.ops.cpu_products import product_kernels, record_linear
 from ondevice.ops.cpu_profile import PartTime, add_times
 from ondevice.ops.cpu_program import Program
@@ -118,8 +118,8 @@ class CpuOps(CpuSkipping, Ops):
         return handle
 
     def pack_norm(self, weight: Tensor, bias: Tensor | None, kind: str, eps: float, offset: float) -> _Norm:
-        values = _padded(dequantize(weight) + np.float32(offset))
-        return _Norm(values, None if bias is None else _padded(dequantize(bias)), kind == "layer", eps)
+        values = padded(dequantize(weight) + np.float32(offset))
+        return _Norm(values, None if bias is None else padded(dequantize(bias)), kind == "layer", eps)
 
     def pack_rope(self, inverse_frequencies: Any, attention_factor: float, context: int) -> Any:
         angle = np.arange(context)[:, None] * inverse_frequencies
@@ -301,10 +301,3 @@ def _tiles_of(handle: Handle) -> tuple[str, Sequence[Tiles]]:
     if isinstance(handle, Tiles):
         return "embedding", [handle]
     return ("tied", handle[1]) if isinstance(handle, tuple) else ("linear", handle)
-
-
-def _padded(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32 with zeros up to a whole vector."""
-    out = np.zeros(-(-len(values) // 16) * 16, np.float32)
-    out[: len(values)] = values
-    return out

@@ -62,3 +62,10 @@ def _pages(nbytes: int) -> NDArray[np.uint8]:
     whole = np.frombuffer(area, np.uint8)
     start = -whole.ctypes.data % unit
     return whole[start : start + size]
+
+
+def padded(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 with zeros up to a whole vector."""
+    out = np.zeros(-(-len(values) // 16) * 16, np.float32)
+    out[: len(values)] = values
+    return out

@@ -145,7 +145,12 @@ def _topk(
 
 
 def record_threshold(
-    recording: Recording, scores: Buffer, threshold: float, relative: bool = False, sizes: bool = False
+    recording: Recording,
+    scores: Buffer,
+    threshold: float,
+    relative: bool = False,
+    sizes: bool = False,
+    factors: NDArray[np.float32] | None = None,
 ) -> Selection:
     """Scores above a threshold; NaN never.
 
@@ -153,9 +158,11 @@ def record_threshold(
         scores: [N, M].
         relative: instead scores of at least the threshold times the token's largest, and that one in any case.
         sizes: whether scores count without their sign.
+        factors: of each unit's score, filled up to whole vectors; not with `relative`.
     """
     recording.floats(scores)
-    arguments = (scores.address, scores.stride_bytes, scores.width, float(threshold), relative, sizes)
+    own = 0 if factors is None else factors
+    arguments = (scores.address, scores.stride_bytes, scores.width, float(threshold), relative, sizes, own)
     return _selection(recording, scores.width, scores.rows, select.select_threshold, arguments, (scores,))
 
 

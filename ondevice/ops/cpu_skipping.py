@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cpu_kernels import rows
 from cpu_kernels.compile import Kernel
 from cpu_kernels.threads import ThreadPool
-from ondevice.checkpoint.quantization import Quantized, Tensor
+from ondevice.checkpoint.quantization import Quantized, Tensor, dequantize
 from ondevice.ops import cpu_selection, cpu_sparse_inputs, cpu_sparse_tiles
 from ondevice.ops.base_skipping import SkippingOps, Tally
 from ondevice.ops.cpu_activations import ACTIVATIONS
@@ -30,7 +30,7 @@ from ondevice.ops.cpu_chosen_gemm import (
 )
 from ondevice.ops.cpu_grouped import Experts, grouped_kernels, record_grouped
 from ondevice.ops.cpu_head_sketch import Sketch, pack_sketch, record_head, sketch_kernels
-from ondevice.ops.cpu_memory import WeightMemory
+from ondevice.ops.cpu_memory import WeightMemory, padded
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_sparse_inputs import InputMajor, input_kernels, pack_input_major, record_inputs
 from ondevice.ops.cpu_sparse_rows import NeuronRows, pack_neuron_rows, record_rows, row_kernels
@@ -196,8 +196,11 @@ class CpuSkipping(SkippingOps):
     def select_threshold(self, scores: Buffer, threshold: float, relative: bool = False) -> Selection:
         return self._selection(cpu_selection.record_threshold(self._now, scores, threshold, relative))
 
-    def select_magnitude(self, x: Buffer, threshold: float) -> Selection:
-        return self._selection(cpu_selection.record_threshold(self._now, x, threshold, sizes=True))
+    def pack_factors(self, values: Tensor) -> NDArray[np.float32]:
+        return padded(dequantize(values))
+
+    def select_magnitude(self, x: Buffer, threshold: float, factors: NDArray[np.float32] | None = None) -> Selection:
+        return self._selection(cpu_selection.record_threshold(self._now, x, threshold, sizes=True, factors=factors))
 
     def statistical_topk(self, scores: Buffer, c: float) -> tuple[Buffer, Selection]:
         made = cpu_selection.record_statistical_topk(self._now, scores, c)

@@ -151,14 +151,14 @@ def record_rows(
     activation: int,
     values: Buffer | None = None,
 ) -> Buffer:
-    """act(gate x) * up x, act(up x), or value * up x, of the neurons in a table.
+    """act(gate x) * up x, act(up x), or value * act(up x), of the neurons in a table.
 
     Args:
         x: one token [1, inputs].
         rows: the weights.
         table: of neurons, see `cpu_kernels.sparse_rows`: an array or its address.
         activation: a number that `cpu_kernels.rows.activate` knows.
-        values: [1, neurons], where the gate was computed before.
+        values: [1, neurons], where the other factor was computed before.
 
     Returns:
         [1, 32 * groups of neurons], of which 32 for each entry of the table are written.

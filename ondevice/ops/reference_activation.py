@@ -13,7 +13,7 @@ def activate(x: Any, kind: str) -> Any:
 
     Args:
         x: floats.
-        kind: "silu", "gelu", "gelu_tanh", "relu" or "abs".
+        kind: "silu", "gelu", "gelu_tanh", "relu", "abs" or "none".
     """
     match kind:
         case "silu":
@@ -27,4 +27,6 @@ def activate(x: Any, kind: str) -> Any:
             return np.maximum(x, 0)
         case "abs":
             return np.abs(x)
+        case "none":
+            return x
     raise ValueError(f"no activation {kind!r}")

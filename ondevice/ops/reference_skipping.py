@@ -88,7 +88,7 @@ class ReferenceSkipping(Ops):
         up = x @ ffn.up.T + ffn.up_bias
         if ffn.valued:
             assert selection is not None and selection.values is not None
-            h = selection.values * up
+            h = selection.values * activate(up, activation)
         elif ffn.gate is None:
             h = activate(up, activation)
         else:
@@ -123,8 +123,12 @@ class ReferenceSkipping(Ops):
             mask = scores > threshold
         return Selection(mask, scores.shape[1], False)
 
-    def select_magnitude(self, x: Any, threshold: float) -> Selection:
-        return Selection(np.abs(x) > threshold, x.shape[1], False)
+    def pack_factors(self, values: Tensor) -> Any:
+        return dequantize(values, self.dtype)
+
+    def select_magnitude(self, x: Any, threshold: float, factors: Any = None) -> Selection:
+        sizes = np.abs(x) if factors is None else np.abs(x) * factors
+        return Selection(sizes > threshold, x.shape[1], False)
 
     def statistical_topk(self, scores: Any, c: float) -> tuple[Any, Selection]:
         border = scores.mean(axis=1, keepdims=True) + c * scores.std(axis=1, keepdims=True)

@@ -92,7 +92,7 @@ class Spark(Method):
             return super(Spark, self).ffn(pack, i)
         p, spec = f"layers.{i}.", pack.spec
         gate = pack.linear(p + "gate")
-        neurons = pack.neurons(i, None, p + "up", p + "down", spec.activation, block=1, valued=True)
+        neurons = pack.neurons(i, None, p + "up", p + "down", "none", block=1, valued=True)
         widths = (self.neurons.r, spec.d_model - self.neurons.r)
         return _SparkFfn(pack.ops, gate, neurons, widths, quantile(self.neurons.k, spec.d_ff), spec.activation)
 

@@ -1,4 +1,4 @@
-"""Magnitudes under a threshold count as zero: TEAL of the inputs of linears, CATS of activated gates.
+"""Magnitudes under a threshold count as zero: TEAL of the inputs of linears, CATS of one factor of each neuron.
 
 Source: TEAL (Liu et al. 2024), section 4; CATS (Lee et al. 2024), section 3. Thresholds come from calibration.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ondevice.layer import DenseLinear, Early, Ffn, Linear, Neurons, PlannedDense
 from ondevice.ops.base import Array, Handle, Ops
-from ondevice.sparsity.method import Method
+from ondevice.sparsity.method import Method, Shapes
 
 if TYPE_CHECKING:
     from ondevice.packing import Packer
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ondevice.spec_fields import Fields
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+FACTORS = ("gate", "up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +93,23 @@ class _JoinedLinear:
 
 @dataclass(frozen=True, slots=True)
 class Cats(Method):
-    """Adds no tensors. The gate is computed for all neurons; up and down only for those that it leaves.
+    """One factor of the neurons is computed for all of them; the other one and down only for those that it leaves.
 
     Args:
-        thresholds: on the magnitude of the activated gate, of each layer. All of them 0 skip the zeros of relu exactly.
+        thresholds: of each layer, on the first factor's magnitude; all of them 0 skip the zeros of relu exactly.
+        first: of each layer, "gate" or "up"; magnitudes are then weighed by what a neuron makes of them on average,
+            `layers.N.ffn_router.weight` [d_ff]: the root mean square of the other factor, times the length of the
+            neuron's column of down. None, as published, is the gate everywhere and no weighing.
     """
 
     thresholds: tuple[float, ...]
+    first: tuple[str, ...] | None = None
 
     name: ClassVar[str] = "cats"
 
     def kind(self, spec: ModelSpec) -> str:
-        return "exact" if spec.activation == "relu" and not any(self.thresholds) else "approximate"
+        zeros = spec.activation == "relu" and self.first is None and not any(self.thresholds)
+        return "exact" if zeros else "approximate"
 
     @property
     def skips(self) -> tuple[str, ...]:
@@ -111,35 +117,53 @@ class Cats(Method):
 
     @classmethod
     def read(cls, fields: Fields, spec: ModelSpec) -> Cats:
-        fields.known("method", "thresholds")
+        fields.known("method", "thresholds", "first")
         if not spec.gated:
             raise fields.error("method", "cats needs an FFN with a gate, which this model lacks; take teal or lte")
-        return cls(fields.numbers("thresholds", spec.n_layers, zero=True))
+        first = fields.raw("first", None)
+        if first is not None and (
+            not isinstance(first, list) or len(first) != spec.n_layers or not all(name in FACTORS for name in first)
+        ):
+            raise fields.error("first", f"must say {' or '.join(FACTORS)} for each of the {spec.n_layers} layers")
+        thresholds = fields.numbers("thresholds", spec.n_layers, zero=True)
+        return cls(thresholds, None if first is None else tuple(first))
 
     def section(self) -> dict[str, Any]:
-        return {"method": self.name, "thresholds": list(self.thresholds)}
+        stated = {} if self.first is None else {"first": list(self.first)}
+        return {"method": self.name, "thresholds": list(self.thresholds), **stated}
+
+    def change_tensors(self, spec: ModelSpec, layer: int, shapes: Shapes) -> None:
+        if self.first is not None:
+            shapes[f"layers.{layer}.ffn_router.weight"] = (spec.d_ff,)
 
     def ffn(self, pack: Packer, i: int) -> Ffn:
         if self.kind(pack.spec) == "approximate" and not pack.sparse(i):
             return PlannedDense(pack.ops, "ffn", super(Cats, self).ffn(pack, i))
-        p = f"layers.{i}."
-        gate = pack.linear(p + "gate")
-        neurons = pack.neurons(i, None, p + "up", p + "down", pack.spec.activation, block=1, valued=True)
-        return _CatsFfn(pack.ops, gate, neurons, self.thresholds[i], pack.spec.activation)
+        p, names, activations, factors = f"layers.{i}.", FACTORS, (pack.spec.activation, "none"), None
+        if self.first is not None:
+            factors = pack.ops.pack_factors(pack.get(p + "ffn_router.weight"))
+            if self.first[i] == "up":
+                names, activations = names[::-1], activations[::-1]
+        first = pack.linear(p + names[0])
+        neurons = pack.neurons(i, None, p + names[1], p + "down", activations[1], block=1, valued=True)
+        return _CatsFfn(pack.ops, first, activations[0], factors, self.thresholds[i], neurons)
 
 
 @dataclass(frozen=True, slots=True)
 class _CatsFfn:
     ops: Ops
-    gate: Handle
-    neurons: Neurons
-    threshold: float
+    first: Handle
     activation: str
+    factors: Handle | None
+    threshold: float
+    neurons: Neurons
 
     def __call__(self, x: Array, residual: Array | None, early: Early) -> Array:
         ops = self.ops
         ops.part("router")
-        values = ops.activation(ops.linear(x, self.gate), self.activation, gated=False)
-        selection = ops.select_magnitude(values, self.threshold).with_values(values)
+        values = ops.linear(x, self.first)
+        if self.activation != "none":
+            values = ops.activation(values, self.activation, gated=False)
+        selection = ops.select_magnitude(values, self.threshold, self.factors).with_values(values)
         ops.part("ffn")
         return self.neurons(x, selection, residual)

@@ -94,6 +94,8 @@ def layer(d: int, neurons: int, mode: str, form: str, biases: bool) -> Layer:
 
 def activate(v: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
     """An activation function in float64."""
+    if kind == "none":
+        return v
     if kind == "relu":
         return np.maximum(v, 0)
     if kind == "silu":
@@ -116,7 +118,7 @@ def hidden(
     if ffn.gate is not None:
         h = activate(product(ffn.gate, ffn.biases[0]), kind) * up
     else:
-        h = activate(up, kind) if values is None else values * up
+        h = activate(up, kind) * (1 if values is None else values)
     return np.where(mask, h, 0.0)
 
 

@@ -37,7 +37,7 @@ def dense_ffn(
     up_bias: NDArray[Any] | None = None,
     values: NDArray[Any] | None = None,
 ) -> NDArray[np.float64]:
-    """act(gate x) * up x, act(up x), or values * up x, of every neuron.
+    """act(gate x) * up x, act(up x), or values * act(up x), of every neuron.
 
     Args:
         x: [N, inputs].
@@ -51,8 +51,6 @@ def dense_ffn(
         return x.astype(np.float64) @ dequantize(w, np.float64).T + (0 if bias is None else bias.astype(np.float64))
 
     y = product(up, up_bias)
-    if values is not None:
-        return values.astype(np.float64) * y
     if gate is None:
-        return ops.activation(y, activation, False)
+        return ops.activation(y, activation, False) * (1 if values is None else values.astype(np.float64))
     return ops.activation(product(gate, gate_bias), activation, False) * y

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cpu_kernels.threads import shared_pool
 from ondevice.ops import cpu_selection as recorded
+from ondevice.ops.cpu_memory import padded
 from ondevice.ops.cpu_program import Program
 from ondevice.ops.cpu_recording import Buffer, Recording
 from ondevice.ops.cpu_selection import Selection, Table
@@ -132,6 +133,9 @@ def test_thresholds(kind: str, units: int) -> None:
         assert np.array_equal(got, cases.threshold(x, limit))
         got = mask_of(x, lambda r, b, t=limit: recorded.record_threshold(r, b, t, sizes=True))
         assert np.array_equal(got, cases.magnitude(x, limit))
+        factors = padded(np.linspace(0, 2, units, dtype=np.float32))
+        got = mask_of(x, lambda r, b, t=limit, f=factors: recorded.record_threshold(r, b, t, sizes=True, factors=f))
+        assert np.array_equal(got, cases.magnitude(x * factors[:units], limit))
     for share in (0.0, 0.5, 1.0, 1.5):
         got = mask_of(x, lambda r, b, t=share: recorded.record_threshold(r, b, t, relative=True))
         assert np.array_equal(got, cases.relative_threshold(x, share)), share

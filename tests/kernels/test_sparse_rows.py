@@ -145,7 +145,7 @@ def test_sums_are_those_of_the_dense_kernel(kind: str, outliers: int) -> None:
     program.run(pool)
     dense = out.block.array.view(np.float32)[:total]
     ones = np.ones((1, total), np.float32)
-    got = run(packed(None, up), x, range(total), values=ones).ravel()[:total]
+    got = run(packed(None, up), x, range(total), "none", values=ones).ravel()[:total]
     assert np.abs(got - dense).max() <= 1e-6 * np.abs(dense).max()
 
 
@@ -165,8 +165,8 @@ def test_extreme_activations(scale: float) -> None:
     kind, total = "8/32/symmetric", 33
     up, x = weight(total, kind, 2), token(kind) * np.float32(scale)
     ones = np.ones((1, total), np.float32)
-    got = run(packed(None, up), x, range(total), values=ones)
-    dense = dense_ffn(rounded(x), None, up, "relu", values=ones)
+    got = run(packed(None, up), x, range(total), "none", values=ones)
+    dense = dense_ffn(rounded(x), None, up, "none", values=ones)
     assert np.abs(got.ravel()[:total] - dense[0]).max() <= 3e-6 * np.abs(dense).max()
 
 

@@ -33,6 +33,8 @@ METHODS: dict[str, tuple[str, Method]] = {
     "teal_each": ("opt", Teal((("q", (0.1, 0.2, 0.3)), ("v", (0.4, 0.4, 0.4)), ("down", (0.2, 0.0, 0.1))))),
     "teal_gate": ("qwen2", Teal((("gate", (0.3, 0.3, 0.3)), ("up", (0.3, 0.5, 0.3))))),
     "cats": ("llama", Cats((0.1, 0.2, 0.3))),
+    "cats_up": ("qwen2", Cats((0.01, 0.02, 0.03), ("gate", "up", "up"))),
+    "cats_gate": ("llama", Cats((0.01, 0.003, 0.003), ("up", "gate", "gate"))),
     "cats_relu": ("gemma2", Cats((0.0, 0.0, 0.1))),
     "polar": ("opt", Polar(PolarNeurons(8, POLAR_TABLE), PolarHeads(2))),
     "polar_neurons": ("opt", Polar(PolarNeurons(8, POLAR_TABLE))),

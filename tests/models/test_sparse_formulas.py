@@ -215,16 +215,19 @@ def test_teal(name: str) -> None:
     assert np.abs(got_ffn - wanted_ffn).max() < EXACT
 
 
-@pytest.mark.parametrize("name", ["cats", "cats_relu"])
+@pytest.mark.parametrize("name", ["cats", "cats_up", "cats_gate", "cats_relu"])
 def test_cats(name: str) -> None:
     decoder = decoder_of(name)
     spec, w, x = decoder.spec, weights(decoder), inputs(decoder)
     got, wanted = ffn_of(decoder, x)
     for token, row in enumerate(x):
         for n in range(spec.d_ff):
-            gate = act(output(w, "gate", n, row), spec.activation)
-            if abs(gate) > spec.sparsity.thresholds[1]:
-                wanted[token] += gate * output(w, "up", n, row) * w["down.weight"][:, n]
+            gate, up = act(output(w, "gate", n, row), spec.activation), output(w, "up", n, row)
+            size = abs(up if name == "cats_up" else gate)
+            if spec.sparsity.first is not None:
+                size *= w["ffn_router.weight"][n]
+            if size > spec.sparsity.thresholds[1]:
+                wanted[token] += gate * up * w["down.weight"][:, n]
     assert np.abs(got - wanted).max() < EXACT
     tally = decoder.ops.counts()["ffn"]
     assert 0.2 < tally.kept / tally.units < 0.8

@@ -176,6 +176,16 @@ BAD: dict[str, tuple[str, Any, str]] = {
         "sparsity.density: spark says elsewhere how much it keeps",
     ),
     "cats without gate": ("opt", {"method": "cats", "thresholds": [0, 0, 0]}, "sparsity.method: cats needs"),
+    "cats first of two layers": (
+        "llama",
+        {"method": "cats", "thresholds": [0, 0, 0], "first": ["up", "up"]},
+        "sparsity.first: must say gate or up for each of the 3 layers",
+    ),
+    "cats first": (
+        "llama",
+        {"method": "cats", "thresholds": [0, 0, 0], "first": ["up", "up", "down"]},
+        "must say gate",
+    ),
     "cats of two layers": ("llama", {"method": "cats", "thresholds": [0, 0]}, "must be a list of 3 numbers"),
 }
 

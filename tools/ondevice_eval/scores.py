@@ -27,12 +27,14 @@ class Window:
     Args:
         tokens: scored.
         nll: sum of negative log-likelihoods, nats.
+        other_nll: the same of the other model.
         kl: sum of KL(other || model), nats.
         agreed: tokens where both models find the same one most likely.
     """
 
     tokens: int = 0
     nll: float = 0.0
+    other_nll: float = 0.0
     kl: float = 0.0
     agreed: int = 0
 
@@ -55,6 +57,7 @@ class Window:
             self.nll -= float(mine[np.arange(len(wanted)), wanted].sum())
             if other is not None:
                 theirs = log_softmax(other[part])
+                self.other_nll -= float(theirs[np.arange(len(wanted)), wanted].sum())
                 self.kl += float((np.exp(theirs) * (theirs - mine)).sum())
                 self.agreed += int((mine.argmax(axis=-1) == theirs.argmax(axis=-1)).sum())
         self.tokens += len(targets)

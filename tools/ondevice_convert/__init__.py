@@ -1,0 +1,1 @@
+"""`ondevice convert`: a model in our format, requantized or made sparse."""
