@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ondevice.errors import OptionError
+from ondevice.commands.method_option import MethodOption, read_method
 from ondevice.layer import Early, EarlySelectedFfn, Ffn, PlannedDense, Router, SelectedFfn
 from ondevice.sparsity.d2dmoe import D2dmoe
 from ondevice.sparsity.lte import Lte
@@ -74,42 +74,8 @@ class Lists(Method):
 
 
 @dataclass(frozen=True, slots=True)
-class Sparsity:
-    """What an option asks for.
-
-    Args:
-        text: as it was written.
-        method: its name.
-        values: of each of the method's keys.
-    """
-
-    text: str
-    method: str
-    values: dict[str, str]
-
-    def number(self, key: str, high: float = 1.0) -> float:
-        """A number above 0 and up to `high`.
-
-        Raises:
-            OptionError: it is none.
-        """
-        text = self.values[key]
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not 0 < value <= high:
-            raise OptionError(
-                f"--sparsity {self.text}: {key} is {text!r}; it must be a number above 0, at most {high:g}"
-            )
-        return value
-
-    def whole(self, key: str, high: int = 1 << 20) -> int:
-        """A whole number from 1 on."""
-        value = self.number(key, high)
-        if value != int(value):
-            raise OptionError(f"--sparsity {self.text}: {key} is {self.values[key]!r}; it must be a whole number")
-        return int(value)
+class Sparsity(MethodOption):
+    """What an option asks of a shape."""
 
     def at(self, rows: float) -> Sparsity:
         """The same with another part of the neurons."""
@@ -148,10 +114,7 @@ class Sparsity:
         return self._polar(spec, batches)
 
     def _block(self, spec: ModelSpec) -> int:
-        block = self.whole("block")
-        if spec.d_ff % block:
-            raise OptionError(f"--sparsity {self.text}: blocks of {block} do not divide a layer's {spec.d_ff} neurons")
-        return block
+        return self.divisor("block", spec.d_ff, "a layer's neurons")
 
     def _polar(self, spec: ModelSpec, batches: Sequence[int]) -> Method:
         heads = max(1, int(self.number("heads") * spec.n_heads))
@@ -171,16 +134,7 @@ def parse(text: str) -> Sparsity:
     Raises:
         OptionError: an unknown method, key, or no value.
     """
-    name, _, rest = text.partition(":")
-    if name not in KEYS:
-        raise OptionError(f"--sparsity {text}: {name!r} is not known; known are {', '.join(KEYS)}")
-    values = dict(KEYS[name])
-    for item in filter(None, rest.split(",")):
-        key, sign, value = (part.strip() for part in item.partition("="))
-        if key not in values or not sign or not value:
-            raise OptionError(f"--sparsity {text}: {item!r}; write key=value with keys of {name}: {', '.join(values)}")
-        values[key] = value
-    return Sparsity(text, name, values)
+    return Sparsity(text, *read_method(text, KEYS))
 
 
 def force(decoder: Decoder, sparsity: Sparsity) -> None:
