@@ -1,0 +1,116 @@
+"""What models lose against the one they were made of: each window of a text through all of them in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ondevice.decoder import Decoder
+from ondevice.sparsity.stats import sparsity_stats
+from ondevice_eval.evaluation import logits_of
+from ondevice_eval.scores import Scores, Window
+
+Progress = Callable[[int, int, str], None]
+EXACT_WORDS = 40
+"""Words whose logits are exact where a head is sketched: what sampling among the 40 most likely sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """One model on a text, beside the dense one.
+
+    Args:
+        perplexity: exp of the mean negative log-likelihood of a token.
+        stderr: of the perplexity, windows taken as independent; None for one window.
+        rise: of the perplexity over the dense model's, as a part of it.
+        rise_upper: upper bound of the rise that holds with 95 % confidence, from each window's difference.
+        kl: mean KL(dense || model) of a token, nats.
+        agreement: part of the tokens where both find the same word most likely.
+        density: what the model kept, by what it is: "ffn", "inputs", "heads".
+        tokens: scored.
+    """
+
+    perplexity: float
+    stderr: float | None
+    rise: float
+    rise_upper: float | None
+    kl: float
+    agreement: float
+    density: dict[str, float]
+    tokens: int
+
+    @classmethod
+    def of(cls, scores: Scores, density: dict[str, float]) -> Quality:
+        """From the sums over windows."""
+        perplexity, error = float(np.exp(scores.nll)), scores.nll_stderr
+        upper = scores.rise_upper() if len(scores.windows) > 1 else None
+        return cls(
+            perplexity,
+            None if error is None else perplexity * error,
+            scores.rise,
+            upper,
+            scores.kl,
+            scores.agreement,
+            density,
+            scores.tokens,
+        )
+
+
+def compare(
+    dense: Decoder,
+    others: Sequence[Decoder],
+    tokens: Sequence[int],
+    window: int,
+    progress: Progress | None = None,
+    label: str = "measuring quality",
+) -> list[Quality]:
+    """Scores models beside the dense one. Methods that skip in decoding only are computed token by token.
+
+    Args:
+        dense: the model that they were made of.
+        others: at least one, over the same vocabulary; those with a sketched head are scored with `EXACT_WORDS`.
+        tokens: the text.
+        window: tokens of a window; the first of each is not scored.
+        progress: called with (tokens done, tokens in all, label).
+    """
+    scores, before = [Scores() for _ in others], [dict(_copied(other)) for other in others]
+    caches = [decoder.new_cache(1, min(window, len(tokens))) for decoder in (dense, *others)]
+    done = 0
+    for start in range(0, len(tokens) - 1, window):
+        ids = np.asarray(tokens[start : start + window])
+        targets = ids[1:]
+        for cache in caches:
+            cache.truncate(0, 0)
+        # One window's logits stay in memory: 200 MB for a vocabulary of 49,000 words.
+        theirs = np.concatenate(list(logits_of(dense, ids, caches[0])))[: len(targets)]
+        for other, cache, own in zip(others, caches[1:], scores):
+            own.windows.append(Window())
+            at = 0
+            for logits in logits_of(other, ids, cache, by_token=_decodes_only(other), top=EXACT_WORDS):
+                part = slice(at, at + len(logits))
+                own.windows[-1].add(logits[: len(targets[part])], targets[part], theirs[part])
+                at += len(logits)
+            done += len(ids)
+            if progress:
+                progress(done, len(tokens) * len(others), label)
+    return [Quality.of(own, density_of(other, earlier)) for other, own, earlier in zip(others, scores, before)]
+
+
+def density_of(decoder: Decoder, before: dict[str, Any]) -> dict[str, float]:
+    """What a model kept since a look at its table's counts."""
+    stats = sparsity_stats(decoder.spec, decoder.plan, before, decoder.ops.counts())
+    return {} if stats is None else stats.density
+
+
+def _copied(decoder: Decoder) -> dict[str, Any]:
+    import copy
+
+    return {name: copy.copy(tally) for name, tally in decoder.ops.counts().items()}
+
+
+def _decodes_only(decoder: Decoder) -> bool:
+    method = decoder.spec.sparsity
+    return method is not None and not method.in_prompts
