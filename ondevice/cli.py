@@ -22,6 +22,7 @@ COMMANDS = {
     "ls": ("ondevice.commands.store:ls", "List the models in the store."),
     "show": ("ondevice.commands.store:show", "Say what a model is: sizes, types, licence."),
     "rm": ("ondevice.commands.store:rm", "Delete a model from the store."),
+    "convert": ("ondevice_convert.command:convert", "Convert a model: other bits, or made to skip work."),
     "eval": (
         "ondevice_eval.command:evaluate",
         "Measure perplexity, and KL against another model or backend.",

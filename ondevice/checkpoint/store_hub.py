@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from ondevice.checkpoint.hub import PICKLES, read_spec
 from ondevice.checkpoint.json_file import read_json
 from ondevice.checkpoint.progress import Progress, watch_folder
 from ondevice.errors import ModelNotFoundError, OndeviceError, UnsupportedModelError
+from ondevice.spec import ModelSpec
 
 COMPANIONS = (
     "config.json",
@@ -33,7 +34,13 @@ COMPANIONS = (
 )
 
 
-def pull_folder(repo_id: str, revision: str | None, folder: Path, progress: Progress | None) -> Path:
+def pull_folder(
+    repo_id: str,
+    revision: str | None,
+    folder: Path,
+    progress: Progress | None,
+    accept: Callable[[ModelSpec], None] | None = None,
+) -> Path:
     """Fetches a checkpoint of safetensors.
 
     Args:
@@ -41,6 +48,7 @@ def pull_folder(repo_id: str, revision: str | None, folder: Path, progress: Prog
         revision: branch, tag or commit; None: the main branch.
         folder: that receives the files; what an earlier try left there is used.
         progress: receives bytes done, bytes in all, label.
+        accept: called with what config.json says, before anything large is fetched; may raise.
 
     Returns:
         The folder.
@@ -53,7 +61,9 @@ def pull_folder(repo_id: str, revision: str | None, folder: Path, progress: Prog
     if "config.json" not in sizes or not any(name.endswith(".safetensors") for name in sizes):
         raise _unusable(repo_id, sizes)
     _fetch(repo_id, commit, "config.json", folder)
-    read_spec(read_json(folder / "config.json"), Path(f"{repo_id}/config.json"))
+    spec, _ = read_spec(read_json(folder / "config.json"), Path(f"{repo_id}/config.json"))
+    if accept is not None:
+        accept(spec)
     wanted = [name for name in sizes if name in COMPANIONS or _is_weight(name, sizes)]
     _check_space(repo_id, folder, sum(sizes[name] for name in wanted))
     with watch_folder(folder, sum(sizes[name] for name in wanted), repo_id, progress):

@@ -55,13 +55,18 @@ class BreakEvens:
         self, checkpoint: Checkpoint, ops: Ops, spec: ModelSpec, settings: SparsitySettings, progress: Progress | None
     ) -> None:
         self.checkpoint, self.ops, self.spec, self.settings, self.progress = checkpoint, ops, spec, settings, progress
-        self._found: dict[str, float] = {}
+        self._found: dict[str, dict[float, float]] = {}
 
     def of_layer(self, i: int) -> float:
         """The break-even of layer `i`; 1 where time is not what decides."""
+        ratios, method = self.ratios(i), self.spec.sparsity
+        return 1.0 if ratios is None else crossing(ratios, MARGINS[method.kind(self.spec) if method else "exact"])
+
+    def ratios(self, i: int) -> dict[float, float] | None:
+        """Time of layer `i` sparse, as a part of its time dense, by ascending density; None if time does not decide."""
         table = self.ops.trial()
         if table is None:
-            return 1.0
+            return None
         form = self._form(i)
         if form not in self._found:
             key = {"form": form, "layers": self.spec.n_layers, "method": self._method()}
@@ -69,8 +74,7 @@ class BreakEvens:
             if ratios is None:
                 ratios = self._measure(table, [j for j in range(self.spec.n_layers) if self._alike(j, form)])
                 measurements.keep(key, table, ratios)
-            method = self.spec.sparsity
-            self._found[form] = crossing(unbiased(ratios), MARGINS[method.kind(self.spec) if method else "exact"])
+            self._found[form] = unbiased(ratios)
         return self._found[form]
 
     def _form(self, i: int) -> str:

@@ -154,7 +154,7 @@ def _profile(row: Row) -> str:
     return f"{row['test']}, {row['threads']} threads:\n\n" + markdown(shown, left=("part",))
 
 
-def markdown(rows: Sequence[Mapping[str, str]], left: Sequence[str]) -> str:
+def markdown(rows: Sequence[Mapping[str, str]], left: Sequence[str] = ()) -> str:
     """A table whose source is aligned too.
 
     Args:

@@ -1,0 +1,210 @@
+"""`--sparsity auto --budget`: what is fastest on this machine within a rise of perplexity.
+
+Candidates are the exact zeros of relu, single neurons chosen by one of their factors (at a density for each layer), and
+a sketch of the vocabulary head. Larger blocks are judged by what an oracle would lose with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ondevice.decoder import Decoder
+from ondevice.sparsity.break_even import MARGINS
+from ondevice_convert.allocation import DENSE, LayerChoices, allocate, interpolated
+from ondevice_convert.fit_threshold import cats_losses, fit_cats_layers, fit_exact
+from ondevice_convert.fitted import Fitted
+from ondevice_convert.quality import Quality
+from ondevice_convert.samples import Samples
+from ondevice_convert.sensitivity import layer_costs
+from ondevice_convert.speed import Speed
+from ondevice_convert.texts import Texts
+from ondevice_convert.trial import Trial
+
+DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+REFERENCE = 0.5
+"""Density at which each layer's cost is measured; at others it follows the part of the output that is lost."""
+CURVE = (0.9, 0.7, 0.5, 0.3)
+COST_TOKENS = 512
+TUNING_WINDOWS = 8
+TRIES = 6
+FIRST_SHARE, BACK_OFF = 0.8, 0.6
+"""Part of the budget that layers get at first, since their costs only roughly add up, and of that at each new try."""
+WORTH = 1.02
+"""Speed-up, by the lower end of its interval, from which on a candidate is worth having."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """All layers at one density.
+
+    Args:
+        density: of their neurons.
+        quality: on text that was fitted on.
+        speed: with all layers skipping, whatever the plan would say.
+    """
+
+    density: float
+    quality: Quality
+    speed: Speed
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen.
+
+    Args:
+        name: in words.
+        fitted: the method; None leaves the layers dense.
+        sketch_head: whether the head is sketched.
+        quality: on unseen text; None for the dense model itself.
+        speeds: of the dense model and of this one, with the plan of this machine; None for the dense model itself.
+        curve: what other densities give.
+        notes: sentences on what was refused, and why.
+    """
+
+    name: str
+    fitted: Fitted | None = None
+    sketch_head: bool = False
+    quality: Quality | None = None
+    speeds: tuple[Speed, Speed] | None = None
+    curve: tuple[Point, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Budget:
+    """Chooses within a budget.
+
+    Args:
+        trial: makes and runs candidates.
+        samples: of the place "ffn".
+        texts: to tune and to verify on.
+        rise: of perplexity that is allowed, as a part of it; the upper 95 % bound must hold.
+    """
+
+    def __init__(self, trial: Trial, samples: Samples, texts: Texts, rise: float) -> None:
+        self.trial, self.samples, self.texts, self.rise = trial, samples, texts, rise
+        self.notes: list[str] = []
+        self.curve: tuple[Point, ...] = ()
+        size = texts.window * TUNING_WINDOWS
+        start = max(0, (len(texts.fit) - size) // 2)
+        self._tuning = texts.fit[start : start + size]
+
+    def choose(self) -> Choice:
+        """The fastest candidate that holds the budget on unseen text."""
+        layers = self._choices()
+        share = FIRST_SHARE
+        exact = fit_exact(self.trial.base, self.samples, self.trial.progress)
+        fitted = exact or self._tuned(layers, share)
+        tried: set[str] = set()
+        while True:
+            found = self._best_of(fitted, tried)
+            if found is not None or fitted is None:
+                break
+            share *= BACK_OFF
+            fitted = None if fitted is exact else self._tuned(layers, share)
+        if found is None:
+            self.notes.append("nothing that was tried is faster and within the budget: the model stays dense")
+            return Choice("the dense model", curve=self.curve, notes=tuple(self.notes))
+        return found
+
+    def _best_of(self, fitted: Fitted | None, tried: set[str]) -> Choice | None:
+        """The fastest of a method, a sketched head, and both, that holds; None where a slower method may yet."""
+        decoders: list[tuple[Fitted | None, bool, Decoder]] = []
+        if fitted is not None:
+            decoders.append((fitted, False, self.trial.decoder(fitted, "auto")))
+        for method, _, decoder in [(None, False, self.trial.dense), *decoders]:
+            sketched = self.trial.sketched(decoder)
+            if sketched is not None:
+                decoders.append((method, True, sketched))
+        qualities = self.trial.quality([d for _, _, d in decoders], self.texts.unseen, self.texts.window, "unseen")
+        dense, *speeds = self.trial.speeds([d for _, _, d in decoders])
+        best, highest = None, 0.0
+        for (method, sketch, _), quality, speed in zip(decoders, qualities, speeds):
+            name, problem = _name(method, sketch), self._problem(quality, speed)
+            if problem:
+                self._note(f"{name}: refused, {problem}", tried)
+            elif speed.speedup > highest:
+                highest = speed.speedup
+                best = Choice(name, method, sketch, quality, (dense, speed), self.curve)
+        return best and replace(best, notes=tuple(self.notes))
+
+    def _problem(self, quality: Quality, speed: Speed) -> str:
+        """Why a candidate is refused; empty if it is not."""
+        bound = quality.rise_upper
+        if bound is None or bound > self.rise:
+            said = "unknown, from a single window" if bound is None else f"{100 * bound:.2f} %"
+            return (
+                f"perplexity on unseen text rises by {100 * quality.rise:.2f} %, its upper bound is {said}, and the "
+                f"budget {100 * self.rise:g} %"
+            )
+        if speed.low < WORTH:
+            return f"it decodes {speed.speedup:.3f} times as fast as dense ({speed.low:.3f} to {speed.high:.3f})"
+        return ""
+
+    def _note(self, text: str, tried: set[str]) -> None:
+        if text not in tried:
+            tried.add(text)
+            self.notes.append(text)
+
+    def _choices(self) -> list[LayerChoices]:
+        """What each layer may keep, measured: costs on text, gains on this machine."""
+        trial, n_layers = self.trial, self.trial.base.spec.n_layers
+        if not trial.base.spec.gated:
+            self.notes.append("single neurons chosen by one of their factors: refused, the FFN has no gate")
+            return []
+        middle = fit_cats_layers(trial.base, self.samples, [REFERENCE] * n_layers, progress=trial.progress)
+        ratios = trial.ratios(middle)
+        skipping = trial.decoder(middle)
+        costs = layer_costs(trial.dense, skipping, self._tuning[:COST_TOKENS], trial.progress)
+        del skipping
+        lost = cats_losses(trial.base, self.samples, (REFERENCE, *DENSITIES), progress=trial.progress)
+        self._draw(ratios)
+        layers = []
+        for cost, parts, times in zip(costs, lost, ratios):
+            kinds = [cost * part / max(parts[0], 1e-12) for part in parts[1:]]
+            layers.append(LayerChoices(DENSITIES, kinds, [_gain(times, density) for density in DENSITIES]))
+        paying = sum(max(layer.gains) > 0 for layer in layers)
+        if not paying:
+            self.notes.append(
+                "single neurons: refused, no layer is faster with them on this machine at densities from "
+                f"{DENSITIES[-1]:g} on, by the plan's measurement"
+            )
+        return layers if paying else []
+
+    def _tuned(self, layers: list[LayerChoices], share: float) -> Fitted | None:
+        """Densities for which the rise on the tuning text is within the budget; None where all layers end dense."""
+        for _ in range(TRIES):
+            densities = allocate(layers, share * math.log1p(self.rise))
+            if not layers or min(densities) >= DENSE:
+                return None
+            fitted = fit_cats_layers(self.trial.base, self.samples, densities, progress=self.trial.progress)
+            decoder = self.trial.decoder(fitted)
+            quality = self.trial.quality([decoder], self._tuning, self.texts.window, "while tuning")[0]
+            if quality.rise_upper is not None and quality.rise_upper <= self.rise:
+                return fitted
+            share *= BACK_OFF
+        return None
+
+    def _draw(self, ratios: Sequence[dict[float, float] | None]) -> None:
+        """The curve of quality and speed over density."""
+        trial, n_layers = self.trial, self.trial.base.spec.n_layers
+        fits = [fit_cats_layers(trial.base, self.samples, [density] * n_layers) for density in CURVE]
+        decoders = [trial.decoder(fitted) for fitted in fits]
+        qualities = trial.quality(decoders, self._tuning[: 4 * self.texts.window], self.texts.window, "over density")
+        speeds = trial.speeds(decoders)[1:]
+        self.curve = tuple(Point(*found) for found in zip(CURVE, qualities, speeds))
+
+
+def _gain(ratios: dict[float, float] | None, density: float) -> float:
+    """Part of a layer's time that skipping saves; 0 where the plan would run the layer dense."""
+    if ratios is None:
+        return 1 - density
+    ratio = interpolated(ratios, density)
+    return 1 - ratio if ratio <= MARGINS["approximate"] else 0.0
+
+
+def _name(fitted: Fitted | None, sketch: bool) -> str:
+    parts = [fitted.method.name] if fitted else []
+    return " with ".join([*parts, *(["a sketched head"] if sketch else [])])

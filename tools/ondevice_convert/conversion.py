@@ -1,0 +1,157 @@
+"""A conversion from beginning to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ondevice import __version__
+from ondevice.checkpoint import open_checkpoint, store
+from ondevice.checkpoint.base import Checkpoint
+from ondevice.checkpoint.writer import write_checkpoint
+from ondevice.commands.method_option import MethodOption
+from ondevice.errors import OndeviceError
+from ondevice.spec import ModelSpec
+from ondevice_convert.card import write_card
+from ondevice_convert.changed import Changed
+from ondevice_convert.fitted import Fitted
+from ondevice_convert.methods import check
+from ondevice_convert.recipe import make_recipe
+from ondevice_convert.requantized import Requantized
+from ondevice_convert.search import Search
+from ondevice_convert.texts import read_text
+from ondevice_convert.work import Work
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is asked for.
+
+    Args:
+        source: the model, as `ondevice.load` takes it; what is not in the store is fetched.
+        target: folder to make.
+        bits: of weights; None keeps them.
+        group_size: inputs with one scale; None keeps them, or takes 64.
+        sparsity: the method; None for a dense model.
+        budget: rise of perplexity that "auto" may cost, as a part of it.
+        text: to calibrate and to measure quality on; None lets the model write one.
+        tokens: to calibrate on, at most.
+        seed: of everything random.
+        threads: of the CPU backend.
+    """
+
+    source: str
+    target: Path
+    bits: float | None
+    group_size: int | None
+    sparsity: MethodOption | None
+    budget: float
+    text: Path | None
+    tokens: int
+    seed: int
+    threads: int | None
+
+
+def convert(job: Job, progress: Progress) -> Path:
+    """Makes the folder; what an earlier, killed call has found is used.
+
+    Args:
+        job: what is asked for.
+        progress: called with (done, of how many, what); 0 of 0 where nobody knows how many.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OndeviceError: the target exists, the source cannot be converted so, the text is no use, or the disk is full.
+        OptionError: options that the model cannot have.
+    """
+    if job.target.exists():
+        raise OndeviceError(f"{job.target}: exists already; remove it or choose another name")
+    text = None if job.text is None else read_text(job.text)
+    path = store.pull(job.source, progress, partial(_check, job))
+    with open_checkpoint(path) as source:
+        _check(job, source.spec)
+        recipe = make_recipe(source, job.bits, job.group_size)
+        base: Checkpoint = source if recipe is None else Requantized(source, recipe)
+        _check_space(base, job.target)
+        work = Work(job.target, _digest(job, source, text))
+        outcome = work.outcome(base.spec)
+        if outcome is None:
+            found = Search(job, source, base, work, text, progress).run()
+            work.keep_outcome(*found)
+            outcome = found[:2]
+        _write(job, source, base, work, *outcome, progress)
+        work.close()
+    return job.target
+
+
+def _check(job: Job, spec: ModelSpec) -> None:
+    """Refuses what cannot be made of a model, by its settings alone."""
+    method = spec.sparsity
+    if method is not None:
+        raise OndeviceError(
+            f"{job.source}: skips work already, by {method.name}; convert the dense model that it was made of"
+        )
+    if job.sparsity is not None:
+        check(job.sparsity, spec)
+
+
+def _check_space(base: Checkpoint, target: Path) -> None:
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    free, needed = shutil.disk_usage(folder).free, base.nbytes
+    if needed > free:
+        raise OndeviceError(
+            f"{target}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space or choose "
+            "another place"
+        )
+
+
+def _digest(job: Job, source: Checkpoint, text: tuple[str, str] | None) -> str:
+    """Of all that decides what comes out."""
+    asked = [job.bits, job.group_size, job.sparsity and job.sparsity.text, job.budget, job.tokens, job.seed]
+    files = [(str(file.path), file.size, file.changed) for file in source.files]
+    told = [__version__, asked, files, None if text is None else text[1]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _write(
+    job: Job,
+    source: Checkpoint,
+    base: Checkpoint,
+    work: Work,
+    fitted: Fitted | None,
+    sketch_head: bool,
+    progress: Progress,
+) -> None:
+    """The folder, tensor by tensor."""
+    method = None if fitted is None else fitted.method
+    spec = dataclasses.replace(base.spec, sparsity=method)
+    made = Changed(base, spec, *((fitted.added, fitted.orders) if fitted else ({}, {})))
+    extra: dict[str, Any] = {"sketch_head": True} if sketch_head else {}
+
+    def finish(folder: Path) -> None:
+        work.copy_report(folder)
+        write_card(folder, source, job.source, spec)
+
+    write_checkpoint(
+        job.target,
+        spec,
+        ((name, partial(made.tensor, name)) for name in spec.tensors()),
+        base.tokenizer(),
+        config_extra=extra,
+        generation_config=base.generation_config,
+        progress=progress,
+        job=work.job,
+        release=made.release,
+        finish=finish,
+    )

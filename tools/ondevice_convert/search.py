@@ -1,0 +1,173 @@
+"""What a conversion decides: the method with its settings, and the report about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ondevice import __version__
+from ondevice.checkpoint.base import Checkpoint
+from ondevice.machine import cpu_name, memory_bytes
+from ondevice.model import Model
+from ondevice_convert.blocks_table import blocks_table
+from ondevice_convert.budget import Budget, Choice
+from ondevice_convert.fitted import Fitted
+from ondevice_convert.methods import AUTO, kind_of
+from ondevice_convert.quality import Quality, compare
+from ondevice_convert.report import Report
+from ondevice_convert.requantized import Requantized
+from ondevice_convert.samples import Samples, gather
+from ondevice_convert.texts import Texts, split_text, written_text
+from ondevice_convert.trial import Trial
+from ondevice_convert.work import Work
+
+if TYPE_CHECKING:
+    from ondevice_convert.conversion import Job
+
+Progress = Callable[[int, int, str], None]
+
+POSITIONS = 8192
+"""Of the text that samples are kept of."""
+FITTED_WINDOWS = 4
+"""Of the fitted text that quality is measured on, beside the unseen one."""
+
+
+@dataclass(slots=True)
+class Search:
+    """Finds what to write.
+
+    Args:
+        job: what is asked for.
+        source: the model.
+        base: the same, or as it is rounded anew.
+        work: keeps what was found.
+        text: contents and SHA-256 of the text; None if the model writes one.
+        progress: hears of what takes long.
+    """
+
+    job: Job
+    source: Checkpoint
+    base: Checkpoint
+    work: Work
+    text: tuple[str, str] | None
+    progress: Progress
+    quality: dict[str, Quality] = field(default_factory=dict, init=False)
+    notes: list[str] = field(default_factory=list, init=False)
+
+    def run(self) -> tuple[Fitted | None, bool, Report]:
+        """The method, whether the head is sketched, and the report."""
+        job = self.job
+        if job.sparsity is None and self.text is None:
+            return None, False, Report(self._made(None), self._weights())
+        trial = Trial.of(self.base, "cpu", job.threads, self.progress)
+        texts = self._texts(trial)
+        self._rounding(trial, texts)
+        if job.sparsity is None:
+            return None, False, Report(self._made(texts), self._weights(), self.quality, notes=self.notes)
+        samples = self._samples(trial, texts)
+        if job.sparsity.method == AUTO:
+            choice = Budget(trial, samples, texts, job.budget).choose()
+            return self._chosen(trial, texts, samples, choice)
+        fitted = kind_of(job.sparsity).fit(self.base, samples, job.sparsity, self.progress)
+        return fitted, False, self._measured(trial, texts, samples, fitted)
+
+    def _texts(self, trial: Trial) -> Texts:
+        job, tokenizer, context = self.job, self.base.tokenizer(), self.base.spec.context_length
+        if self.text is not None:
+            assert job.text is not None
+            return split_text(*self.text, job.text, tokenizer, job.tokens, context)
+        model = Model(job.source, self.source.path, trial.dense, tokenizer)
+        return written_text(model, job.tokens, job.seed, self.progress)
+
+    def _samples(self, trial: Trial, texts: Texts) -> Samples:
+        assert self.job.sparsity is not None
+        found = self.work.samples()
+        if found is None:
+            places = kind_of(self.job.sparsity).places
+            found = gather(trial.dense, texts.fit, places, POSITIONS, self.progress)
+            self.work.keep_samples(found)
+        return found
+
+    def _rounding(self, trial: Trial, texts: Texts) -> None:
+        """What rounding to other bits costs by itself."""
+        if self.base is self.source:
+            return
+        available = memory_bytes()[1]
+        if available is not None and 2 * self.source.nbytes > available:
+            self.notes.append("what rounding costs was not measured: the model before it does not fit into memory too")
+            return
+        before = Trial(self.source, trial.ops, self.progress).dense
+        label = "measuring what rounding costs"
+        found = compare(before, [trial.dense], texts.unseen, texts.window, self.progress, label)
+        self.quality["rounded, over the source, unseen text"] = found[0]
+
+    def _measured(self, trial: Trial, texts: Texts, samples: Samples, fitted: Fitted) -> Report:
+        """The report of a method that was asked for by name."""
+        decoder = trial.decoder(fitted)
+        unseen = [decoder, trial.reordered(fitted)] if fitted.orders else [decoder]
+        names = ["unseen text", "all neurons in the new order, unseen text"]
+        self.quality |= zip(names, trial.quality(unseen, texts.unseen, texts.window, "on unseen text"))
+        del unseen
+        some = texts.fit[: FITTED_WINDOWS * texts.window]
+        self.quality["fitted text"] = trial.quality([decoder], some, texts.window, "on fitted text")[0]
+        dense, speed = trial.speeds([trial.decoder(fitted, "auto")])
+        return self._report(texts, samples, fitted, (dense, speed))
+
+    def _chosen(
+        self, trial: Trial, texts: Texts, samples: Samples, choice: Choice
+    ) -> tuple[Fitted | None, bool, Report]:
+        """The report of what a budget allowed."""
+        if choice.quality is not None:
+            self.quality["unseen text"] = choice.quality
+        report = self._report(texts, samples, choice.fitted, choice.speeds, choice)
+        return choice.fitted, choice.sketch_head, report
+
+    def _report(
+        self, texts: Texts, samples: Samples, fitted: Fitted | None, speed: Any, choice: Choice | None = None
+    ) -> Report:
+        layers, notes = (fitted.layers, fitted.notes) if fitted else ((), ())
+        curve, refused = (choice.curve, choice.notes) if choice else ((), ())
+        blocks = blocks_table(self.base, samples, self.progress)
+        notes = (*self.notes, *notes, *refused, *blocks.notes)
+        made = self._made(texts)
+        if choice is not None:
+            made["chosen"] = choice.name
+        if fitted is not None:
+            made["section"] = fitted.method.document()
+        return Report(made, self._weights(), self.quality, speed, layers, curve, blocks.rows, notes)
+
+    def _made(self, texts: Texts | None) -> dict[str, Any]:
+        job = self.job
+        made: dict[str, Any] = {
+            "by": f"ondevice {__version__}",
+            "model": job.source,
+            "licence": self.source.about().get("licence") or "not stated",
+            "bits": job.bits or "as they were",
+            "group_size": job.group_size or "as they were",
+            "sparsity": job.sparsity.text if job.sparsity else "dense",
+            "seed": job.seed,
+            "processor": cpu_name(),
+        }
+        if job.sparsity and job.sparsity.method == AUTO:
+            made["budget"] = f"{100 * job.budget:g} % of perplexity, by the upper 95 % bound"
+        if texts is not None:
+            made |= {
+                "text": texts.origin,
+                "text_sha256": texts.sha256,
+                "tokens_fitted_on": len(texts.fit),
+                "tokens_unseen": len(texts.unseen),
+                "window": texts.window,
+            }
+        return made
+
+    def _weights(self) -> dict[str, Any]:
+        before, after = self.source.describe(), self.base.describe()
+        told = {"bytes_before": before["bytes"], "bits_per_weight_before": before["bits_per_weight"]}
+        if isinstance(self.base, Requantized):
+            told |= {
+                "bytes_after": after["bytes"],
+                "bits_per_weight_after": after["bits_per_weight"],
+                **self.base.told(),
+            }
+        return told
