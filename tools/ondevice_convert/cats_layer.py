@@ -10,7 +10,7 @@ from ondevice.checkpoint.base import Checkpoint
 from ondevice.sparsity.threshold import FACTORS
 from ondevice_convert.fitted import LayerFit
 from ondevice_convert.held_out import Floats, apart
-from ondevice_convert.judged import all_kept, judge, part_lost
+from ondevice_convert.judged import cut_off
 from ondevice_convert.neurons import Neurons
 from ondevice_convert.samples import Samples
 
@@ -78,14 +78,11 @@ class CatsLayer:
 
     def judge(self, first: str, threshold: float) -> LayerFit:
         """What a threshold keeps and loses of the samples that are held out."""
-        if not threshold:
-            return all_kept(self.layer)
         factors = self._held_out
         h = factors["gate"] * factors["up"]
         kept = self._sizes(first, factors) > threshold
-        return judge(
-            self.layer, kept, np.abs(h) * self.neurons.reach, lambda mask: part_lost(h, self.neurons.down, mask)
-        )
+        sizes = np.abs(h) * self.neurons.reach
+        return cut_off(self.layer, kept, sizes, h, self.neurons.down, threshold, "ffn")
 
 
 def quantile(sizes: Floats, density: float) -> float:

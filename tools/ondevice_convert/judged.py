@@ -12,6 +12,8 @@ from ondevice_convert.fitted import LayerFit
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
+ALL = 0.99
+"""Part above which a threshold of 0 keeps all: what else is 0 was rounded to it."""
 ROWS = 256
 """Samples whose outputs are computed together."""
 
@@ -78,6 +80,14 @@ def _random(seed: int, kept: Mask, by_row: bool) -> Mask:
     return random.permutation(kept.ravel()).reshape(kept.shape)
 
 
-def all_kept(layer: int, unit: int = 1, what: str = "ffn") -> LayerFit:
-    """Of a layer that leaves out nothing."""
-    return LayerFit(layer, 1.0, 1.0, 0.0, 0.0, 0.0, unit, what)
+def cut_off(layer: int, kept: Mask, sizes: Floats, x: Floats, weight: Floats, threshold: float, what: str) -> LayerFit:
+    """Of a threshold on magnitudes.
+
+    Args:
+        layer, kept, sizes, what: as of `judge`.
+        x, weight: as of `part_lost`.
+        threshold: 0 leaves out zeros only; but for those of relu there are none to speak of.
+    """
+    if not threshold and kept.mean() > ALL:
+        return LayerFit(layer, 1.0, 1.0, 0.0, 0.0, 0.0, what=what)
+    return judge(layer, kept, sizes, lambda mask: part_lost(x, weight, mask), what=what)

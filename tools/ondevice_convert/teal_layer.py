@@ -12,7 +12,7 @@ from ondevice.checkpoint.quantization import dequantize
 from ondevice_convert.cats_layer import quantile
 from ondevice_convert.fitted import LayerFit
 from ondevice_convert.held_out import Floats, apart
-from ondevice_convert.judged import all_kept, judge, part_lost
+from ondevice_convert.judged import cut_off
 from ondevice_convert.neurons import Neurons
 from ondevice_convert.samples import Samples
 
@@ -68,12 +68,9 @@ def _hidden(neurons: Neurons, x: Floats, thresholds: dict[str, float]) -> Floats
 
 
 def _judge(layer: int, x: Floats, weight: Floats, threshold: float) -> LayerFit:
-    if not threshold:
-        return all_kept(layer, what="inputs")
     sizes = np.abs(x)
-    kept = sizes > threshold
     contributions = sizes * np.linalg.norm(weight, axis=0)
-    return judge(layer, kept, contributions, lambda mask: part_lost(x, weight, mask), what="inputs")
+    return cut_off(layer, sizes > threshold, contributions, x, weight, threshold, "inputs")
 
 
 def _mean(fits: Sequence[tuple[LayerFit, int]]) -> LayerFit:
