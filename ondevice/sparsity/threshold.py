@@ -28,7 +28,7 @@ class Teal(Method):
 
     Args:
         thresholds: (linear, threshold on the magnitude of its inputs in each layer); linears that are not named are
-            dense.
+            dense. Of "down" alone, all of them 0 skip the zeros of relu exactly.
     """
 
     thresholds: tuple[tuple[str, tuple[float, ...]], ...]
@@ -36,7 +36,10 @@ class Teal(Method):
     name: ClassVar[str] = "teal"
 
     def kind(self, spec: ModelSpec) -> str:
-        return "approximate"
+        zeros = spec.activation == "relu" and all(
+            name == "down" and not any(values) for name, values in self.thresholds
+        )
+        return "exact" if zeros else "approximate"
 
     @property
     def skips(self) -> tuple[str, ...]:

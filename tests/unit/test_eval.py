@@ -12,9 +12,14 @@ from click.testing import CliRunner
 import ondevice
 from ondevice.cli import cli
 from ondevice.errors import ContextLengthError, OptionError
+from ondevice.ops.cpu import CpuOps
+from ondevice.ops.reference import ReferenceOps
+from ondevice.sparsity.settings import SparsitySettings
 from ondevice_eval.evaluation import evaluate
 from ondevice_eval.scores import Scores, Window, log_softmax
 from tests.conftest import TEXT, VOCAB, write_tokenizer
+from tests.models.running import make_decoder
+from tests.models.sparse_cases import sparse_spec, sparse_tensors
 from tests.tiny import tiny_checkpoint, tiny_spec, tiny_tensors
 
 
@@ -68,6 +73,20 @@ def test_token_by_token_gives_the_same(request, backend):
     at_once = evaluate(model.decoder, ids, window=100)
     by_token = evaluate(model.decoder, ids, window=100, by_token=True)
     assert by_token.nll == pytest.approx(at_once.nll, rel=1e-5)
+
+
+@pytest.mark.parametrize("table", [ReferenceOps, lambda: CpuOps(2)], ids=["reference", "cpu"])
+@pytest.mark.parametrize("name", ["cats", "cats_gate", "lte", "lte_post_norms"])
+def test_quality_of_skipping_is_the_same_token_by_token(name, table):
+    """Prompts of these methods are masked as decoding skips, so that they may measure what decoding costs."""
+    spec = sparse_spec(name)
+    decoder, dense = (
+        make_decoder(spec, sparse_tensors(spec), table(), SparsitySettings(dense=d)) for d in (False, True)
+    )
+    ids = np.random.RandomState(1).randint(0, spec.vocab_size, 60).tolist()
+    at_once, by_token = (evaluate(decoder, ids, window=30, by_token=by) for by in (False, True))
+    assert by_token.nll == pytest.approx(at_once.nll, rel=1e-5)
+    assert abs(evaluate(dense, ids, window=30).nll - at_once.nll) > 1e-3
 
 
 def test_a_model_against_itself_and_against_another(tiny, other_path):

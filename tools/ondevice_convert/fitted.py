@@ -24,6 +24,7 @@ class LayerFit:
         oracle_lost: the same where the largest contributions are kept, as many, in units of the same size.
         random_lost: the same where random units are kept, as many.
         unit: neurons, inputs or heads of a unit.
+        what: is left out, in the words of `Ops.counts`: "ffn" (neurons), "inputs" or "heads".
     """
 
     layer: int
@@ -33,6 +34,7 @@ class LayerFit:
     oracle_lost: float
     random_lost: float
     unit: int = 1
+    what: str = "ffn"
 
     @property
     def oracle_share(self) -> float:

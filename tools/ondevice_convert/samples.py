@@ -18,7 +18,7 @@ MEMORY = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """By place (see `Decoder.watch`) float16 [n, layers, width]; of "heads" the norms [n, layers, heads]."""
+    """By place (see `gather`) float16 [n, layers, width]; of "heads" the norms [n, layers, heads]."""
 
     places: dict[str, NDArray[np.float16]] = field(default_factory=dict)
 
@@ -41,7 +41,8 @@ def gather(
     Args:
         decoder: of the dense model.
         tokens: the text.
-        places: of `Decoder.watch`.
+        places: of `Decoder.watch`; of "heads" norms are kept, and all values of "o", the input of that linear, which is
+            the same place.
         most: positions to keep.
         progress: called with (tokens done, tokens in all, "reading the text").
 
@@ -49,7 +50,10 @@ def gather(
         Fewer than `most` positions where the text, or `MEMORY`, is too small for so many.
     """
     spec, layers = decoder.spec, range(decoder.spec.n_layers)
-    most = min(most, MEMORY // (2 * spec.n_layers * spec.d_model * len(places)))
+    widths = {"heads": spec.n_heads, "o": spec.n_heads * spec.head_dim}
+    each = sum(widths.get(place, spec.d_model) for place in places)
+    most = max(1, min(most, MEMORY // (2 * spec.n_layers * each)))
+    watched = list(dict.fromkeys("heads" if place == "o" else place for place in places))
     step = max(1, -(-len(tokens) // most))
     kept: dict[str, list[NDArray[np.float16]]] = {place: [] for place in places}
     for start in range(0, len(tokens), WINDOW):
@@ -57,8 +61,9 @@ def gather(
         mine = range(-start % step, len(window), step)
         if not mine:
             continue
-        for place, values in zip(places, decoder.watch(window, places, layers)):
-            values = values[mine.start :: step]
+        seen = dict(zip(watched, decoder.watch(window, watched, layers)))
+        for place in places:
+            values = seen["heads" if place == "o" else place][mine.start :: step]
             if place == "heads":
                 values = np.linalg.norm(values.reshape(*values.shape[:2], spec.n_heads, -1), axis=-1)
             kept[place].append(values.astype(np.float16))

@@ -1,0 +1,188 @@
+"""Thresholds of CATS and TEAL, from the magnitudes on samples; and the zeros of relu, which need none.
+
+Source: CATS (Lee et al. 2024), section 3; TEAL (Liu et al. 2024), section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ondevice.checkpoint.base import Checkpoint
+from ondevice.commands.method_option import MethodOption
+from ondevice.errors import OptionError
+from ondevice.sparsity.threshold import LINEARS, Cats, Teal
+from ondevice.spec import ModelSpec
+from ondevice_convert import teal_layer
+from ondevice_convert.cats_layer import BEST, FIRSTS, PUBLISHED, CatsLayer
+from ondevice_convert.fitted import Fitted, LayerFit
+from ondevice_convert.held_out import apart
+from ondevice_convert.judged import judge, part_lost
+from ondevice_convert.neurons import Neurons
+from ondevice_convert.samples import Samples
+
+Progress = Callable[[int, int, str], None] | None
+
+CATS_KEYS = {"density": "0.5", "first": BEST}
+TEAL_KEYS = {"density": "0.5", "linears": "all"}
+CATS_PLACES = ("ffn",)
+TEAL_PLACES = ("attention", "o", "ffn")
+EXACT_PLACES = ("ffn",)
+"""What `gather` must have kept."""
+
+
+def fit_cats(base: Checkpoint, samples: Samples, option: MethodOption, progress: Progress = None) -> Fitted:
+    """CATS with one density for all layers.
+
+    Args:
+        base: the dense model.
+        samples: with CATS_PLACES.
+        option: with CATS_KEYS. density: mean part of the neurons kept; first: factor that is thresholded, "best" takes
+            in each layer the one that loses less, "published" is the activated gate without weighing.
+        progress: called with (layers done, layers in all, what is done).
+
+    Raises:
+        OptionError: no gate, a bad option, or too few samples.
+    """
+    density, first = option.number("density"), option.word("first", *FIRSTS)
+    return fit_cats_layers(base, samples, [density] * base.spec.n_layers, first, progress)
+
+
+def fit_cats_layers(
+    base: Checkpoint, samples: Samples, densities: Sequence[float], first: str = BEST, progress: Progress = None
+) -> Fitted:
+    """CATS with a density for each layer.
+
+    Args:
+        base, samples, progress: as of `fit_cats`.
+        densities: above 0; 1 runs all neurons, which is threshold 0.
+        first: as of `fit_cats`.
+
+    Raises:
+        OptionError: no gate, bad densities, or too few samples.
+    """
+    spec = base.spec
+    _check_gate(spec)
+    if len(densities) != spec.n_layers or not all(0 < density <= 1 for density in densities):
+        raise OptionError(f"cats: densities {list(densities)}; give {spec.n_layers} numbers above 0, up to 1")
+    thresholds, firsts, added, fits = [], [], {}, []
+    for i, density in enumerate(densities):
+        _say(progress, i, spec, "thresholds of cats")
+        layer = CatsLayer(base, samples, i)
+        chosen = layer.better(density) if first == BEST else first
+        thresholds.append(layer.threshold(chosen, density))
+        fits.append(layer.judge(chosen, thresholds[-1]))
+        if first != PUBLISHED:
+            firsts.append(chosen)
+            added[f"layers.{i}.ffn_router.weight"] = layer.weights[chosen]
+    _say(progress, spec.n_layers, spec, "thresholds of cats")
+    method = Cats(tuple(thresholds), tuple(firsts) if firsts else None, densities=_densities(fits, spec.d_ff))
+    return Fitted(method, added, layers=tuple(fits))
+
+
+def cats_losses(
+    base: Checkpoint, samples: Samples, densities: Sequence[float], first: str = BEST, progress: Progress = None
+) -> list[list[float]]:
+    """Part of each layer's FFN output (its square) that CATS loses at each of several densities.
+
+    Args:
+        base, samples, first, progress: as of `fit_cats`.
+        densities: above 0, up to 1.
+
+    Returns:
+        Of each layer a number for each of the densities.
+    """
+    _check_gate(base.spec)
+    curves = []
+    for i in range(base.spec.n_layers):
+        _say(progress, i, base.spec, "losses of cats")
+        curves.append(CatsLayer(base, samples, i).lost(first, densities))
+    _say(progress, base.spec.n_layers, base.spec, "losses of cats")
+    return curves
+
+
+def fit_teal(base: Checkpoint, samples: Samples, option: MethodOption, progress: Progress = None) -> Fitted:
+    """TEAL with one density for all linears of all layers.
+
+    Args:
+        base: the dense model.
+        samples: with TEAL_PLACES.
+        option: with TEAL_KEYS. density: part of the inputs kept; linears: names with + between, or "all".
+        progress: called with (layers done, layers in all, what is done).
+
+    Raises:
+        OptionError: a bad option, or too few samples.
+    """
+    density, spec = option.number("density"), base.spec
+    linears = _linears(option, spec)
+    thresholds: dict[str, list[float]] = {name: [] for name in linears}
+    fits = []
+    for i in range(spec.n_layers):
+        _say(progress, i, spec, "thresholds of teal")
+        found, fit = teal_layer.fit_layer(base, samples, i, linears, density)
+        fits.append(fit)
+        for name, threshold in found.items():
+            thresholds[name].append(threshold)
+    _say(progress, spec.n_layers, spec, "thresholds of teal")
+    stated = tuple((name, tuple(values)) for name, values in thresholds.items())
+    return Fitted(Teal(stated, densities=_densities(fits, spec.d_ff)), layers=tuple(fits))
+
+
+def fit_exact(base: Checkpoint, samples: Samples, progress: Progress = None) -> Fitted | None:
+    """What skips the zeros of relu and nothing else: cats where there is a gate, teal of down where there is none.
+
+    Args:
+        base: the dense model.
+        samples: with EXACT_PLACES, to see how many zeros there are.
+        progress: called with (layers done, layers in all, what is done).
+
+    Returns:
+        None for a model whose activations are no zeros.
+    """
+    spec = base.spec
+    if spec.activation != "relu":
+        return None
+    fits = []
+    for i in range(spec.n_layers):
+        _say(progress, i, spec, "zeros of relu")
+        neurons = Neurons.of(base, i)
+        gate, up = neurons.factors(apart(samples, "ffn", i, spec.d_ff)[1])
+        h, what = gate * up, "ffn" if spec.gated else "inputs"
+        kept = (gate if spec.gated else up) > 0
+        sizes = np.abs(h) * neurons.reach
+        fits.append(judge(i, kept, sizes, lambda mask, h=h, down=neurons.down: part_lost(h, down, mask), what=what))  # type: ignore[misc]
+    _say(progress, spec.n_layers, spec, "zeros of relu")
+    zeros, densities = (0.0,) * spec.n_layers, _densities(fits, spec.d_ff)
+    method = Cats(zeros, densities=densities) if spec.gated else Teal((("down", zeros),), densities=densities)
+    return Fitted(method, layers=tuple(fits))
+
+
+def _linears(option: MethodOption, spec: ModelSpec) -> list[str]:
+    """Names in the model's order."""
+    known = [name for name in LINEARS if spec.gated or name != "gate"]
+    stated = option.values["linears"]
+    if stated == "all":
+        return known
+    names = stated.split("+")
+    for name in names:
+        if name not in known:
+            raise OptionError(
+                f"--sparsity {option.text}: linears has {name!r}; this model has {'+'.join(known)} (or take all)"
+            )
+    return [name for name in known if name in names]
+
+
+def _check_gate(spec: ModelSpec) -> None:
+    if not spec.gated:
+        raise OptionError("cats needs an FFN with a gate, which this model lacks; take teal or lte")
+
+
+def _densities(fits: Sequence[LayerFit], units: int) -> tuple[float, ...]:
+    """As measured; a config.json takes none of 0."""
+    return tuple(max(fit.density, 1 / units) for fit in fits)
+
+
+def _say(progress: Progress, done: int, spec: ModelSpec, what: str) -> None:
+    if progress:
+        progress(done, spec.n_layers, what)
