@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import tracemalloc
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -124,6 +127,32 @@ def test_a_full_disk_and_an_interrupt_leave_nothing_behind(tmp_path, monkeypatch
     with pytest.raises(OndeviceError, match="No space left"):
         tiny_checkpoint(tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_holds_one_file_and_what_is_made(tmp_path):
+    spec = tiny_spec(n_layers=6, d_model=256, d_ff=768, vocab_size=512)
+    sizes = {name: 4 * math.prod(shape) for name, shape in spec.tensors().items()}
+    layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
+    limit, made = 1 << 20, []
+
+    def make(name):
+        made.append(name)
+        return np.ones(spec.tensors()[name], np.float32)
+
+    released = []
+    tracemalloc.start()
+    write_checkpoint(
+        tmp_path / "m",
+        spec,
+        ((name, partial(make, name)) for name in spec.tensors()),
+        max_shard_bytes=limit,
+        job="a",
+        release=released.append,
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert made == released == list(spec.tensors()) and sum(sizes.values()) > 4 * (limit + layer)
+    assert peak < limit + layer
 
 
 def test_a_spec_that_no_config_expresses(tmp_path):
