@@ -65,13 +65,14 @@ class Decoder:
         return KVCache(self.ops, self.spec, slots, capacity)
 
     def prefill(
-        self, tokens: Sequence[int], cache: KVCache, slot: int = 0, all_logits: bool = False
+        self, tokens: Sequence[int], cache: KVCache, slot: int = 0, all_logits: bool = False, top: int = 0
     ) -> Iterator[NDArray[np.float32]]:
         """Appends a piece of prompt to a slot, in chunks, yielding after each so that a caller can stop.
 
         Args:
             tokens: ids, at least one.
             all_logits: logits of every token, else of the last one only.
+            top: as of `decode`.
 
         Yields:
             float32 [tokens of the chunk, vocab] with all_logits; else [0, vocab], and [1, vocab] for the last chunk.
@@ -88,7 +89,8 @@ class Decoder:
             outputs = np.arange(n) if all_logits else np.arange(n - 1, n) if last else np.arange(0)
             positions = np.arange(first, first + n, dtype=np.int32)
             slots = np.full(n, slot, np.int32)
-            yield self._step(Step(chunk, positions, slots, outputs.astype(np.int32)), cache)
+            step = Step(chunk, positions, slots, outputs.astype(np.int32))
+            yield self._step(step, cache, top=top if len(outputs) else 0)
 
     def decode(self, tokens: Sequence[int], cache: KVCache, slots: Sequence[int], top: int = 0) -> NDArray[np.float32]:
         """One more token for each of several slots.
@@ -106,7 +108,7 @@ class Decoder:
         index = np.asarray(slots, np.int32)
         everyone = np.arange(len(index), dtype=np.int32)
         step = Step(np.asarray(tokens, np.int32), cache.lengths[index], index, everyone)
-        return self._step(step, cache, 0 if self._prompts_alike else len(index), 0 if self.sketch is None else top)
+        return self._step(step, cache, 0 if self._prompts_alike else len(index), top)
 
     def states(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """What the head reads of each token of a new sequence: float32 [N, d]."""
@@ -157,6 +159,7 @@ class Decoder:
         """
         if not self.spec.vocab_size > int(step.tokens.max()) >= 0 <= int(step.tokens.min()):
             raise ValueError(f"token ids must lie in 0..{self.spec.vocab_size - 1}")
+        top = 0 if self.sketch is None else top
         name = f"{'decode' if batch else 'logits'} {top}"
         logits = self.ops.run(step, cache, lambda s: self._forward(s, cache, batch, top), name)
         # A sum is quicker than a look at each, and can overflow where all is well.

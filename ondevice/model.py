@@ -16,7 +16,7 @@ from ondevice.generation.batch import Piece, Row, Stats, generate
 from ondevice.generation.sampling import SamplingParams, TokenLogprob
 from ondevice.generation.session import Session
 from ondevice.ops.base import Ops
-from ondevice.sparsity.head_sketch import add_sketch
+from ondevice.sparsity.head_sketch import add_wanted_sketch
 from ondevice.sparsity.settings import SparsitySettings
 
 Progress = Callable[[int, int, str], None]
@@ -55,7 +55,7 @@ def load(
     strict: bool = False,
     dense: bool = False,
     plan: str | Path = "auto",
-    sketch_head: bool = False,
+    sketch_head: bool | None = None,
     tile_cache: bool = True,
     progress: Progress | None = None,
 ) -> Model:
@@ -74,7 +74,8 @@ def load(
             faster so), "sparse" (all), "dense" (none: masked where the method promises the same result), or a JSON
             file of a plan, such as the statistics of an answer hold.
         sketch_head: score all words of the vocabulary by a sketch, and compute the logits of those that matter. Costs
-            memory, and time at the first load; requests for log-probabilities or penalties go without it.
+            memory, and time at the first load; requests for log-probabilities or penalties go without it. None goes by
+            the model: by `sketch_head` in its config.json, which a backend without sketches and `dense` leave aside.
         tile_cache: whether a backend may keep packed weights in the user's cache folder, and take them from there;
             ONDEVICE_NO_TILE_CACHE=1 in the environment forbids it too.
         progress: called with (done, of how many, what) while files are fetched, packed and compiled.
@@ -82,16 +83,17 @@ def load(
     Raises:
         OndeviceError: no such model, a damaged file, or an architecture that is not supported.
         OptionError: tau for a model that has none, or dense for one that has no dense form, or another
-            model's plan.
+            model's plan, or a sketch of a head that can have none.
+        SparsityError: in strict settings, the backend cannot skip what the model asks for.
     """
     table = op_table(backend, threads, progress and compiling_progress(progress))
     path = find(str(name), progress)
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.tokenizer()
         with table.keeping(checkpoint, progress) if tile_cache else nullcontext():
-            decoder = Decoder(checkpoint, table, progress, SparsitySettings(tau, strict, dense, plan))
-            if sketch_head:
-                add_sketch(decoder, checkpoint, progress)
+            settings = SparsitySettings(tau, strict, dense, plan)
+            decoder = Decoder(checkpoint, table, progress, settings)
+            add_wanted_sketch(decoder, checkpoint, sketch_head, settings, progress)
     table.prepare(decoder.spec, progress and compiling_progress(progress))
     return Model(str(name), path, decoder, tokenizer)
 

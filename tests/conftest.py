@@ -19,20 +19,20 @@ TEMPLATE = (
 VOCAB = 320
 
 
-def write_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
-    """Adds a byte-level tokenizer of at most VOCAB tokens, trained on TEXT, to a checkpoint's folder."""
+def write_tokenizer(folder: Path, template: str | None = TEMPLATE, text: str = TEXT, vocab: int = VOCAB) -> None:
+    """Adds a byte-level tokenizer of at most `vocab` tokens, trained on `text`, to a checkpoint's folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator([text], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
     if template is not None:

@@ -47,7 +47,7 @@ def chat(
     strict: bool,
     dense: bool,
     plan: str,
-    sketch_head: bool,
+    sketch_head: bool | None,
     no_tile_cache: bool,
     **options: Any,
 ) -> None:

@@ -29,6 +29,7 @@ class Checkpoint(ABC):
         files: that the weights come from, as they were when opened; none where there are no files.
         generation_config: settings for sampling and the ids that end a text, named as in a Hub
             generation_config.json; empty where the checkpoint states none.
+        prefers_sketch: whether the model asks for a sketch of its head, where users say nothing about it.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Checkpoint(ABC):
     spec: ModelSpec
     files: tuple[FileState, ...] = ()
     generation_config: dict[str, Any]
+    prefers_sketch: bool = False
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -120,6 +122,7 @@ class Checkpoint(ABC):
             "tied_head": spec.tied_head,
             "sliding_window": max(spec.windows),
             "sparsity": spec.sparsity and spec.sparsity.document(),
+            "sketch_head": self.prefers_sketch,
         }
 
     def __enter__(self) -> Checkpoint:

@@ -19,7 +19,9 @@ from ondevice.checkpoint.places import places
 from ondevice.checkpoint.quantization import BITS, GROUP_SIZES, Quantized, Tensor
 from ondevice.checkpoint.safetensors import Entry, SafetensorsFile
 from ondevice.errors import CheckpointError, UnsupportedModelError
+from ondevice.sparsity.head_sketch import too_narrow
 from ondevice.spec import ModelSpec
+from ondevice.spec_fields import Fields
 from ondevice.spec_hub import spec_from_config
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 FLOATS = ("F32", "F16", "BF16")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 MAX_FILES = 1000
+SKETCH_KEY = "sketch_head"
+"""Of config.json: true in models that want their head sketched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class HubCheckpoint(Checkpoint):
         self.config = read_json(path / "config.json")
         config = FileState.of(path / "config.json")
         self.spec, self.format = read_spec(self.config, path / "config.json")
+        self.prefers_sketch = _prefers_sketch(self.config, self.spec, path / "config.json")
         self._files = _open_files(path)
         self.files = (config, *(file.state for file in self._files))
         self._layout = hub_layout(self.config["model_type"])
@@ -228,7 +233,18 @@ def read_spec(config: Mapping[str, Any], path: Path) -> tuple[ModelSpec, str]:
     Returns:
         The spec and the format, "hub" or "mlx".
     """
-    return spec_from_config(config, path), "mlx" if _quantization(config, path) else "hub"
+    spec = spec_from_config(config, path)
+    _prefers_sketch(config, spec, path)
+    return spec, "mlx" if _quantization(config, path) else "hub"
+
+
+def _prefers_sketch(config: Mapping[str, Any], spec: ModelSpec, path: Path) -> bool:
+    """What the configuration says of a sketch of the head; refused where there can be none."""
+    fields = Fields(config, path)
+    wanted, problem = fields.flag(SKETCH_KEY, False), too_narrow(spec)
+    if wanted and problem:
+        raise fields.error(SKETCH_KEY, f"{problem}; take the key out")
+    return wanted
 
 
 def _bits(array: Any) -> Any:

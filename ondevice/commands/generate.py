@@ -54,7 +54,7 @@ def generate(
     strict: bool,
     dense: bool,
     plan: str,
-    sketch_head: bool,
+    sketch_head: bool | None,
     no_tile_cache: bool,
     as_json: bool,
     **options: Any,

@@ -93,12 +93,13 @@ def plan_option(f: F) -> F:
 
 
 def sketch_option(f: F) -> F:
-    """--sketch-head, with the twin ONDEVICE_SKETCH_HEAD for all commands that generate."""
+    """--sketch-head, with the twin ONDEVICE_SKETCH_HEAD for all commands that run models."""
     return click.option(
-        "--sketch-head",
-        is_flag=True,
+        "--sketch-head/--no-sketch-head",
+        default=None,
         envvar="ONDEVICE_SKETCH_HEAD",
-        help="Score words by a sketch, and compute the logits of those that matter; all of them under penalties.",
+        help="Score words by a sketch, and compute the logits of those that matter; all of them under penalties.  "
+        "[default: as the model says]",
     )(f)
 
 

@@ -44,9 +44,11 @@ class SkippingOps:
     Attributes:
         name: of the platform.
         forced_density: of a trial's table: part of the units that every selection keeps, in the selector's place.
+        has_sketches: whether `pack_sketch` and `head` are there.
     """
 
     name: str
+    has_sketches: bool = False
     forced_density: float | None = None
 
     def _lacks(self, operation: str) -> NoReturn:

@@ -98,6 +98,7 @@ class Inputs:
 class CpuSkipping(SkippingOps):
     """Selections are put off until it is known whether their masks or tables are wanted (`cpu_selection`)."""
 
+    has_sketches = True
     pool: ThreadPool
     _memory: WeightMemory
     _kernels: dict[Kernel, None]

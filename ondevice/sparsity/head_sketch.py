@@ -22,6 +22,8 @@ from ondevice.errors import NumericalError, OptionError
 if TYPE_CHECKING:
     from ondevice.checkpoint.base import Checkpoint
     from ondevice.decoder import Decoder
+    from ondevice.sparsity.settings import SparsitySettings
+    from ondevice.spec import ModelSpec
 
 FINE = 64
 """Values of 4 bits; the others have 2."""
@@ -57,6 +59,43 @@ class SketchTensors:
     errors: NDArray[np.float16]
 
 
+def too_narrow(spec: ModelSpec) -> str | None:
+    """Why a model's head can have no sketch; None if it can."""
+    if spec.d_model % FINE == 0 and spec.d_model >= 2 * FINE:
+        return None
+    return (
+        f"a sketch of the head needs hidden states of a multiple of {FINE} values, at least {2 * FINE}, and this "
+        f"{spec.architecture} model's have {spec.d_model}"
+    )
+
+
+def add_wanted_sketch(
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    asked: bool | None,
+    settings: SparsitySettings,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
+    """Gives a decoder a sketch of its head if the user asks for it or, where they say nothing, the model does.
+
+    Args:
+        asked: by the user; None goes by the model, unless it runs dense.
+        settings: of skipping work.
+        checkpoint, progress: as of `add_sketch`.
+
+    Raises:
+        OptionError: asked for, and not possible.
+        SparsityError: the model asks for it, the backend has none, and settings are strict.
+    """
+    if asked is None:
+        asked = checkpoint.prefers_sketch and not settings.dense
+        if asked and not decoder.ops.has_sketches:
+            settings.fall_back(f"the {decoder.ops.name} backend has no sketch of the head, which this model asks for")
+            return
+    if asked:
+        add_sketch(decoder, checkpoint, progress)
+
+
 def add_sketch(
     decoder: Decoder, checkpoint: Checkpoint, progress: Callable[[int, int, str], None] | None = None
 ) -> None:
@@ -70,11 +109,9 @@ def add_sketch(
         OptionError: the head is too narrow, or the backend has no sketches.
     """
     spec = decoder.spec
-    if spec.d_model % FINE or spec.d_model < 2 * FINE:
-        raise OptionError(
-            f"a sketch of the head needs hidden states of a multiple of {FINE} values, at least {2 * FINE}, and this "
-            f"{spec.architecture} model's have {spec.d_model}: leave sketch_head out"
-        )
+    problem = too_narrow(spec)
+    if problem:
+        raise OptionError(f"{problem}: leave sketch_head out")
 
     def tensors() -> SketchTensors:
         if progress:

@@ -58,18 +58,35 @@ def sparsity_stats(
     method = spec.sparsity
     if method is None:
         return None
-    tallies = {kind: _since(before.get(kind, Tally()), after.get(kind, Tally())) for kind in method.skips}
+    tallies = _between(method.skips, before, after)
     calls = sum(tally.calls for tally in tallies.values())
     return SparsityStats(
         method.name,
         method.kind(spec),
         sum(tally.sparse for tally in tallies.values()) / calls if calls else 0.0,
-        {kind: tally.kept / tally.units for kind, tally in tallies.items() if tally.units},
+        _parts(tallies),
         sum(tally.bytes_skipped for tally in tallies.values()),
         router_seconds,
         plan.dense_layers(spec),
         plan.document(spec),
     )
+
+
+def densities(spec: ModelSpec, before: Counts, after: Counts) -> dict[str, float]:
+    """Mean part of what was kept between two looks at `Ops.counts`, by its name there, where something may skip.
+
+    Args:
+        spec: of the model as it ran; "words" of its head are counted too.
+    """
+    return _parts(_between((*(spec.sparsity.skips if spec.sparsity else ()), "words"), before, after))
+
+
+def _between(kinds: tuple[str, ...], before: Counts, after: Counts) -> dict[str, Tally]:
+    return {kind: _since(before.get(kind, Tally()), after.get(kind, Tally())) for kind in kinds}
+
+
+def _parts(tallies: dict[str, Tally]) -> dict[str, float]:
+    return {kind: tally.kept / tally.units for kind, tally in tallies.items() if tally.units}
 
 
 def _since(before: Tally, after: Tally) -> Tally:

@@ -79,7 +79,11 @@ def _numbers(*names: str, default: int | None, low: int, help: str, **extra: Any
     help="Run --shape also with a method that skips work, in turn with the dense one; repeat for several; see below.",
 )
 @plan_option
-@click.option("--sketch-head", is_flag=True, help="Run also with a sketch of the head, in turn with the model.")
+@click.option(
+    "--sketch-head/--no-sketch-head",
+    default=None,
+    help="Run with a sketch of the head and without, in turn, or without.  [default: as the model says]",
+)
 @_numbers(
     *("-t", "--threads"),
     default=None,
@@ -112,7 +116,7 @@ def bench(
     repetitions: int,
     sparsity: tuple[str, ...],
     plan: str,
-    sketch_head: bool,
+    sketch_head: bool | None,
     threads: tuple[tuple[int, ...], ...],
     backend: str,
     picture: Path | None,
@@ -174,9 +178,10 @@ def bench(
     click.echo(render(rows, "json" if as_json else output or "md"))
 
 
-def _sources(dense: Source, sparsity: tuple[str, ...], sketch_head: bool, plan: str) -> list[Source]:
+def _sources(dense: Source, sparsity: tuple[str, ...], sketch_head: bool | None, plan: str) -> list[Source]:
     """The dense model, and what else runs in turn with it: with a sketch of the head too, if there is any."""
-    sources = [dense, dataclasses.replace(dense, sketch_head=True)] if sketch_head else [dense]
+    heads = (False, True) if sketch_head else (sketch_head,)
+    sources = [dataclasses.replace(dense, sketch_head=head) for head in heads]
     if not sparsity:
         return sources
     if dense.bits is None:
@@ -250,7 +255,7 @@ def _run(
     settings = [
         Setting(
             *(source.label, model_bytes(decoder), bits_per_weight(decoder), decoder.ops.name, used, gbs),
-            sparsity=source.skipping,
+            sparsity=source.skipping(decoder),
         )
         for source, decoder in zip(sources, decoders)
     ]

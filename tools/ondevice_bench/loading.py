@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ondevice.checkpoint import open_checkpoint
 from ondevice.decoder import Decoder
 from ondevice.model import compiling_progress, find, op_table
-from ondevice.sparsity.head_sketch import add_sketch
+from ondevice.sparsity.head_sketch import add_wanted_sketch
 from ondevice.sparsity.settings import SparsitySettings
 from ondevice_bench.cases import Case, check
 from ondevice_bench.parts import profile_table
@@ -34,7 +34,7 @@ class Source:
         bits: of random weights; None reads a model.
         group_size: of random weights.
         sparsity: a method that skips, with random routers.
-        sketch_head: whether the head has a sketch.
+        sketch_head: whether the head has a sketch; None goes by the model.
         plan: of layers that skip; see `ondevice.load`.
     """
 
@@ -42,14 +42,14 @@ class Source:
     bits: int | None = None
     group_size: int = 32
     sparsity: Sparsity | None = None
-    sketch_head: bool = False
+    sketch_head: bool | None = None
     plan: str = "auto"
 
-    @property
-    def skipping(self) -> str:
-        """What is skipped: "dense", or the methods."""
-        methods = [self.sparsity.text] if self.sparsity else []
-        return "+".join([*methods, "sketch-head"] if self.sketch_head else methods) or "dense"
+    def skipping(self, decoder: Decoder) -> str:
+        """What its decoder skips: "dense", or the methods."""
+        own = decoder.spec.sparsity
+        methods = [self.sparsity.text] if self.sparsity else [own.name] if own else []
+        return "+".join(methods if decoder.sketch is None else [*methods, "sketch-head"]) or "dense"
 
     @property
     def label(self) -> str:
@@ -87,12 +87,12 @@ def load_decoder(
         # Random weights have all that a decoder asks of a checkpoint.
         weights = cast("Checkpoint", checkpoint)
         with ops.keeping(weights, progress):
-            decoder = Decoder(weights, ops, progress, SparsitySettings(plan=source.plan))
+            settings = SparsitySettings(plan=source.plan)
+            decoder = Decoder(weights, ops, progress, settings)
             if source.sparsity is not None:
                 force(decoder, source.sparsity)
-            if source.sketch_head:
-                # After that: hidden states as they will be.
-                add_sketch(decoder, weights, progress)
+            # After that: hidden states as they will be.
+            add_wanted_sketch(decoder, weights, source.sketch_head, settings, progress)
     ops.prepare(decoder.spec, progress and compiling_progress(progress))
     return decoder
 

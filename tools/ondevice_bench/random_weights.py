@@ -16,7 +16,7 @@ FLOAT_BITS = 16
 
 
 class RandomWeights:
-    """What the decoder asks of a checkpoint: `spec`, `files`, `tensor` and `release`.
+    """What the decoder asks of a checkpoint: `spec`, `files`, `prefers_sketch`, `tensor` and `release`.
 
     Matrices, embedding and head included, have codes that are random bits under equal scales without biases, as GGUF's
     Q4_0 and Q8_0 have; with 16 bits they are float16. Scales keep the variance of what passes through, so logits are
@@ -32,6 +32,7 @@ class RandomWeights:
     """
 
     files = ()
+    prefers_sketch = False
 
     def __init__(self, spec: ModelSpec, bits: int = 4, group_size: int = 32) -> None:
         self.spec, self.bits, self.group_size = spec, bits, group_size

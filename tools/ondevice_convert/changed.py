@@ -39,6 +39,7 @@ class Changed(Checkpoint):
     ) -> None:
         self.source, self.spec, self.added, self.orders = source, spec, added or {}, orders or {}
         self.path, self.format, self.generation_config = source.path, source.format, source.generation_config
+        self.prefers_sketch = source.prefers_sketch
 
     def tensor(self, name: str) -> Tensor:
         if name in self.added:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ondevice.commands.options import engine_options, json_option, model_argument, sparsity_options, tile_cache_option
+from ondevice.commands.options import (
+    engine_options,
+    json_option,
+    model_argument,
+    sketch_option,
+    sparsity_options,
+    tile_cache_option,
+)
 from ondevice.commands.progress import reporting
 from ondevice.defaults import BACKENDS
 from ondevice.errors import OndeviceError, OptionError
@@ -17,6 +24,11 @@ from ondevice.errors import OndeviceError, OptionError
 if TYPE_CHECKING:
     from ondevice.model import Model
     from ondevice_eval.scores import Scores
+
+TOP = 40
+"""Words of exact logits under a sketched head, unless asked otherwise: as many as --top-k 40 draws from."""
+PARTS = {"ffn": "ffn_density", "heads": "head_density", "inputs": "input_density", "words": "word_density"}
+"""What may be left out, in the words of `Ops.counts`, and its key in the report."""
 
 
 @click.command("eval")
@@ -29,6 +41,8 @@ if TYPE_CHECKING:
 @click.option("--by-token", is_flag=True, help="Compute token by token, as generation does; slower.")
 @engine_options
 @sparsity_options
+@sketch_option
+@click.option("--top", type=click.IntRange(1), help=f"With a sketched head: words of exact logits.  [default: {TOP}]")
 @tile_cache_option
 @json_option
 def evaluate(
@@ -45,26 +59,34 @@ def evaluate(
     strict: bool,
     dense: bool,
     plan: str,
+    sketch_head: bool | None,
+    top: int | None,
     no_tile_cache: bool,
     as_json: bool,
 ) -> None:
     """Measure a model's perplexity on a text, in windows that do not overlap.
 
     The first token of each window is not scored and no special tokens are added. Standard errors take windows as the
-    independent units. MODEL is a name in the store or a path; the default is smollm2.
+    independent units; so does the upper bound of the perplexity's rise over that of --against, from the difference in
+    each window. MODEL is a name in the store or a path; the default is smollm2.
+
+    With a sketched head, words beyond the --top likeliest may have the sketch's score, as when decoding; the model of
+    --against has the head that it asks for, the other backend of --against-backend a whole one.
     """
     from ondevice.model import load
-    from ondevice.sparsity.stats import sparsity_stats
+    from ondevice.sparsity.stats import densities
     from ondevice_eval.evaluation import evaluate as score
 
     content = _read(text)
     with reporting() as progress:
         common: dict[str, Any] = {"threads": threads, "tile_cache": not no_tile_cache, "progress": progress}
         own: dict[str, Any] = {"tau": tau, "strict": strict, "dense": dense, "plan": plan}
-        loaded = load(model, backend=backend, **own, **common)
+        loaded = load(model, backend=backend, sketch_head=sketch_head, **own, **common)
+        if top is not None and loaded.decoder.sketch is None:
+            raise OptionError(f"--top {top} is of a sketched head, which {model} does not have: add --sketch-head")
         other = None
         if against is not None or against_backend is not None:
-            settings = {} if against else own
+            settings = {} if against else {**own, "sketch_head": False}
             other = load(against or model, backend=against_backend or backend, **settings, **common)
             _same_vocabulary(loaded, other)
         ids = loaded.tokenizer.encode(content, add_special=False)[:tokens]
@@ -72,9 +94,10 @@ def evaluate(
         if loaded.spec.sparsity is not None and not loaded.spec.sparsity.in_prompts and not by_token:
             click.echo(f"{loaded.spec.sparsity.name} skips work in decoding only: computing token by token", err=True)
             by_token = True
-        scores = score(loaded.decoder, ids, window, decoder, by_token, progress)
-    kept = sparsity_stats(loaded.spec, loaded.decoder.plan, {}, loaded.decoder.ops.counts())
-    report = _report(scores, {} if kept is None else kept.density, compared=other is not None)
+        before = loaded.decoder.ops.counts()
+        scores = score(loaded.decoder, ids, window, decoder, by_token, progress, top or TOP)
+    kept = densities(loaded.spec, before, loaded.decoder.ops.counts())
+    report = _report(scores, kept, compared=other is not None)
     click.echo(json.dumps(report, indent=1) if as_json else _for_people(report))
 
 
@@ -99,6 +122,7 @@ def _same_vocabulary(a: Model, b: Model) -> None:
 
 def _report(scores: Scores, density: dict[str, float], compared: bool) -> dict[str, Any]:
     perplexity, error = math.exp(scores.nll), scores.nll_stderr
+    both = scores if compared else None
     return {
         "tokens": scores.tokens,
         "windows": len(scores.windows),
@@ -106,10 +130,11 @@ def _report(scores: Scores, density: dict[str, float], compared: bool) -> dict[s
         "nll_stderr": error,
         "perplexity": perplexity,
         "stderr": None if error is None else perplexity * error,
-        "kl": scores.kl if compared else None,
-        "top1_agreement": scores.agreement if compared else None,
-        "ffn_density": density.get("ffn", 1.0),
-        "head_density": density.get("heads", 1.0),
+        "perplexity_rise": both and both.rise,
+        "perplexity_rise_upper95": both and both.rise_upper(),
+        "kl": both and both.kl,
+        "top1_agreement": both and both.agreement,
+        **{key: density.get(part, 1.0) for part, key in PARTS.items()},
     }
 
 
@@ -121,6 +146,10 @@ def _for_people(report: dict[str, Any]) -> str:
         f"nll         {report['nll']:.5f} nats per token, {report['tokens']} tokens in {report['windows']} windows",
     ]
     if report["kl"] is not None:
+        upper = report["perplexity_rise_upper95"]
+        bound = "(one window: no bound)" if upper is None else f"(below {100 * upper:+.3f} % with 95 % confidence)"
+        lines.append(f"rise        {100 * report['perplexity_rise']:+.3f} % of perplexity {bound}")
         lines.append(f"KL          {report['kl']:.3e} nats per token")
         lines.append(f"top-1       {100 * report['top1_agreement']:.3f} % agreement")
-    return "\n".join(lines)
+    kept = [f"{100 * report[key]:.1f} % of {part}" for part, key in PARTS.items() if report[key] < 1]
+    return "\n".join([*lines, *([f"kept        {', '.join(kept)}"] if kept else [])])

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ondevice.errors import OptionError
+from ondevice.generation.sampling import MOST_EXACT
 from ondevice_eval.scores import Scores, Window
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def evaluate(
     other: Decoder | None = None,
     by_token: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    top: int = 0,
 ) -> Scores:
     """Scores a text.
 
@@ -38,12 +40,14 @@ def evaluate(
         other: a model to compare with, over the same vocabulary.
         by_token: compute each token by a decode step of its own, as generation does, not by prefill.
         progress: called with (tokens done, tokens in all, "scoring").
+        top: of models whose head has a sketch: so many of the largest logits are exact, as when decoding; 0 for all.
 
     Raises:
-        OptionError: a text of one token, an impossible window, or different vocabularies.
+        OptionError: a text of one token, an impossible window or top, or different vocabularies.
     """
     both = [decoder] if other is None else [decoder, other]
     _check(both, tokens, window)
+    _check_top(both, top)
     caches = [d.new_cache(1, min(window, len(tokens))) for d in both]
     scores = Scores()
     for start in range(0, len(tokens) - 1, window):
@@ -51,7 +55,7 @@ def evaluate(
         scores.windows.append(Window())
         for cache in caches:
             cache.truncate(0, 0)
-        streams = [_logits(d, ids, cache, by_token) for d, cache in zip(both, caches)]
+        streams = [_logits(d, ids, cache, by_token, top) for d, cache in zip(both, caches)]
         done = 0
         for chunks in zip(*streams):
             # The last token's logits say what follows the window: nothing to score them by.
@@ -78,11 +82,19 @@ def _check(decoders: list[Decoder], tokens: Sequence[int], window: int) -> None:
         raise OptionError(f"vocabularies of {' and '.join(map(str, sorted(sizes)))} tokens cannot be compared")
 
 
-def _logits(decoder: Decoder, ids: NDArray[np.int64], cache: KVCache, by_token: bool) -> Logits:
+def _check_top(decoders: list[Decoder], top: int) -> None:
+    if top > MOST_EXACT and any(decoder.sketch is not None for decoder in decoders):
+        raise OptionError(
+            f"top is {top}; what needs more than {MOST_EXACT} exact logits decodes with the whole head: leave the "
+            "sketch out"
+        )
+
+
+def _logits(decoder: Decoder, ids: NDArray[np.int64], cache: KVCache, by_token: bool, top: int) -> Logits:
     """Logits of every token of a window, [some, vocab] at a time."""
     if not by_token:
-        yield from decoder.prefill(ids.tolist(), cache, all_logits=True)
+        yield from decoder.prefill(ids.tolist(), cache, all_logits=True, top=top)
         return
     for start in range(0, len(ids), BY_TOKEN_PIECE):
         piece = ids[start : start + BY_TOKEN_PIECE].tolist()
-        yield np.concatenate([decoder.decode([token], cache, [0]) for token in piece])
+        yield np.concatenate([decoder.decode([token], cache, [0], top) for token in piece])

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ondevice.errors import OptionError
+
 ROWS = 64
 """Positions worked on at once: float64 copies of a large vocabulary's logits stay small."""
 
@@ -92,6 +94,37 @@ class Scores:
             return None
         squares = sum((w.nll - mean * w.tokens) ** 2 for w in self.windows)
         return math.sqrt(count / (count - 1) * squares) / self.tokens
+
+    @property
+    def rise(self) -> float:
+        """Relative rise of the perplexity over the other model's: 0.01 where it is 1 % higher."""
+        return math.expm1(self._paired.nll)
+
+    def rise_upper(self, confidence: float = 0.95) -> float | None:
+        """What `rise` stays under, with that confidence, on text like this one; None for a single window.
+
+        Both models read the same windows, so it is the difference in each that is looked at: most of what makes one
+        window harder than another is the same for both and drops out. The bound is one-sided.
+
+        Args:
+            confidence: above 0 and below 1.
+
+        Source: the ratio estimator of `nll_stderr`, with Student's t for as few units as there are windows.
+        """
+        if not 0 < confidence < 1:
+            raise OptionError(f"confidence is {confidence}; it must lie between 0 and 1, both excluded")
+        paired = self._paired
+        error = paired.nll_stderr
+        if error is None:
+            return None
+        from scipy.stats import t  # slow to import, and of no use to most that use scores
+
+        return math.expm1(paired.nll + float(t.ppf(confidence, len(self.windows) - 1)) * error)
+
+    @property
+    def _paired(self) -> Scores:
+        """The same windows, with the difference to the other model in the place of the loss."""
+        return Scores([Window(w.tokens, w.nll - w.other_nll) for w in self.windows])
 
     @property
     def kl(self) -> float:

@@ -1,0 +1,141 @@
+"""Tiny ReLU models trained on text, so that their zeros are real: what skipping them gains costs nothing.
+
+Trained by transformers on the CPU (extra `judges`) in about a minute each, on the documentation of Python's own syntax,
+which comes with Python. A penalty on the activations' size makes most of them zero, as in models that are published as
+sparse.
+
+Source: the L1 penalty as in "Sparser, Faster, Lighter Transformer Language Models" is only one way; ReLU by itself
+leaves half of the neurons of a model so small and briefly trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+VOCAB, CONTEXT = 1024, 256
+STEPS, BATCH, LENGTH = 300, 8, 128
+RATE, WARM_STEPS = 2e-3, 20
+HELD_OUT = 0.08
+"""Part of the text that nothing is trained on: its end."""
+_SIZES = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gated": {**_SIZES, "model_type": "llama", "hidden_act": "relu", "intermediate_size": 2048, "head_dim": 64},
+    "plain": {**_SIZES, "model_type": "opt", "activation_function": "relu", "ffn_dim": 2048, "dropout": 0.0},
+}
+PENALTY = {"gated": 1.0, "plain": 1.0}
+"""Weight of the mean size of the activations beside the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained model.
+
+    Args:
+        folder: in our format, float16, with its tokenizer.
+        seen: the text that it was trained on.
+        held_out: more of the same, which it was not.
+    """
+
+    folder: Path
+    seen: str
+    held_out: str
+
+
+def trained(kind: str, parent: Path) -> Trained:
+    """A model, trained unless an earlier call left it there.
+
+    Args:
+        kind: "gated" (llama) or "plain" (opt, no gate).
+        parent: folder for models; may hold others.
+    """
+    seen, held_out = texts()
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + seen.encode() + held_out.encode()).hexdigest()[:12]
+    folder = parent / f"relu-{kind}-{recipe}"
+    if not folder.exists():
+        _write(folder, kind, seen)
+    return Trained(folder, seen, held_out)
+
+
+def texts() -> tuple[str, str]:
+    """What is trained on, and what is held out."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
+    cut = text.rindex("\n\n", 0, int((1 - HELD_OUT) * len(text)))
+    return text[:cut], text[cut:]
+
+
+def _write(folder: Path, kind: str, text: str) -> None:
+    from ondevice.checkpoint import open_checkpoint
+    from ondevice.checkpoint.quantization import dequantize
+    from ondevice.checkpoint.writer import write_checkpoint
+    from tests.conftest import write_tokenizer
+
+    with TemporaryDirectory() as temporary:
+        raw = Path(temporary)
+        write_tokenizer(raw, template=None, text=text, vocab=VOCAB)
+        from tokenizers import Tokenizer
+
+        ids = np.asarray(Tokenizer.from_file(str(raw / "tokenizer.json")).encode(text).ids)
+        _train(kind, ids).save_pretrained(raw)
+        with open_checkpoint(raw) as checkpoint:
+            names = checkpoint.spec.tensors()
+            tensors = ((name, dequantize(checkpoint.tensor(name)).astype(np.float16)) for name in names)
+            write_checkpoint(folder, checkpoint.spec, tensors, checkpoint.tokenizer())
+
+
+def _train(kind: str, ids: NDArray[np.int64]) -> Any:
+    """A model of transformers. The same seed gives the same model on the same machine."""
+    import torch
+    import transformers
+
+    threads, random = torch.get_num_threads(), np.random.default_rng(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**CONFIGS[kind])
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    active: list[Any] = []
+    for name, module in model.named_modules():
+        if name.endswith(("act_fn", "activation_fn")):
+            module.register_forward_hook(lambda _, __, out: active.append(out))
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=WARM_STEPS / STEPS)
+    for step in range(STEPS):
+        starts = random.integers(0, len(ids) - LENGTH, BATCH)
+        batch = torch.from_numpy(np.stack([ids[start : start + LENGTH] for start in starts]))
+        active.clear()
+        loss = model(input_ids=batch, labels=batch).loss
+        size = torch.stack([out.mean() for out in active]).mean()
+        (loss + PENALTY[kind] * size).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if os.environ.get("TRAINED_SAY") and step % 25 == 24:
+            print(
+                step,
+                loss.item(),
+                size.item(),
+                [round((out == 0).float().mean().item(), 3) for out in active],
+                flush=True,
+            )
+    torch.set_num_threads(threads)
+    return model.eval()
