@@ -6,6 +6,7 @@ import itertools
 import random
 
 import pytest
+
 from ondevice_convert.allocation import LayerChoices, allocate, interpolated
 
 DENSITIES = (0.9, 0.7, 0.5)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ondevice_convert.texts import LEAST, PIECE, read_text, split_text, written_text
 
 from ondevice.errors import OndeviceError
+from ondevice_convert.texts import LEAST, PIECE, read_text, split_text, written_text
 
 
 class Letters:

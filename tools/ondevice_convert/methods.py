@@ -56,3 +56,30 @@ def parse(text: str) -> MethodOption:
             f"take one of {', '.join(KEYS)}"
         )
     return MethodOption(text, *read_method(text, KEYS))
+
+
+def kind_of(option: MethodOption) -> Kind:
+    """How an option's method is fitted; "auto" needs what its candidates need."""
+    match option.method:
+        case "cats" | "teal":
+            from ondevice_convert import fit_threshold
+
+            if option.method == "cats":
+                return Kind(fit_threshold.CATS_PLACES, fit_threshold.fit_cats)
+            return Kind(fit_threshold.TEAL_PLACES, fit_threshold.fit_teal)
+        case "lte":
+            from ondevice_convert import fit_lte
+
+            return Kind(("ffn",), fit_lte.fit_lte)
+        case "d2dmoe":
+            from ondevice_convert import fit_d2dmoe
+
+            return Kind(("ffn",), fit_d2dmoe.fit_d2dmoe)
+        case "polar":
+            from ondevice_convert import fit_polar
+
+            return Kind(fit_polar.POLAR_PLACES, fit_polar.fit_polar)
+    raise ValueError(option.method)
+
+
+AUTO_PLACES = ("ffn",)

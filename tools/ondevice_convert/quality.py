@@ -85,7 +85,7 @@ def compare(
         for cache in caches:
             cache.truncate(0, 0)
         # One window's logits stay in memory: 200 MB for a vocabulary of 49,000 words.
-        theirs = np.concatenate(list(logits_of(dense, ids, caches[0])))[: len(targets)]
+        theirs = np.concatenate(list(logits_of(dense, ids, caches[0], False, 0)))[: len(targets)]
         for other, cache, own in zip(others, caches[1:], scores):
             own.windows.append(Window())
             at = 0

@@ -55,7 +55,7 @@ def evaluate(
         scores.windows.append(Window())
         for cache in caches:
             cache.truncate(0, 0)
-        streams = [_logits(d, ids, cache, by_token, top) for d, cache in zip(both, caches)]
+        streams = [logits_of(d, ids, cache, by_token, top) for d, cache in zip(both, caches)]
         done = 0
         for chunks in zip(*streams):
             # The last token's logits say what follows the window: nothing to score them by.
@@ -90,7 +90,7 @@ def _check_top(decoders: list[Decoder], top: int) -> None:
         )
 
 
-def _logits(decoder: Decoder, ids: NDArray[np.int64], cache: KVCache, by_token: bool, top: int) -> Logits:
+def logits_of(decoder: Decoder, ids: NDArray[np.int64], cache: KVCache, by_token: bool, top: int) -> Logits:
     """Logits of every token of a window, [some, vocab] at a time."""
     if not by_token:
         yield from decoder.prefill(ids.tolist(), cache, all_logits=True, top=top)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ondevice.errors import OptionError
+from ondevice.machine import default_threads
 
 ROWS = 64
 """Positions worked on at once: float64 copies of a large vocabulary's logits stay small."""
@@ -53,16 +55,30 @@ class Window:
             targets: [N], the tokens that came next.
             other: [N, vocab], of the model that it is compared with.
         """
-        for start in range(0, len(targets), ROWS):
-            part = slice(start, start + ROWS)
-            mine, wanted = log_softmax(logits[part]), targets[part]
-            self.nll -= float(mine[np.arange(len(wanted)), wanted].sum())
-            if other is not None:
-                theirs = log_softmax(other[part])
-                self.other_nll -= float(theirs[np.arange(len(wanted)), wanted].sum())
-                self.kl += float((np.exp(theirs) * (theirs - mine)).sum())
-                self.agreed += int((mine.argmax(axis=-1) == theirs.argmax(axis=-1)).sum())
+        parts = [slice(start, start + ROWS) for start in range(0, len(targets), ROWS)]
+        # NumPy lets go of the interpreter in its loops, and a vocabulary's exponentials take as long as its logits.
+        with ThreadPoolExecutor(default_threads()) as pool:
+            found = pool.map(
+                lambda part: _sums(logits[part], targets[part], None if other is None else other[part]), parts
+            )
+            for nll, other_nll, kl, agreed in found:
+                self.nll, self.other_nll = self.nll + nll, self.other_nll + other_nll
+                self.kl, self.agreed = self.kl + kl, self.agreed + agreed
         self.tokens += len(targets)
+
+
+def _sums(
+    logits: NDArray[np.float32], targets: NDArray[np.int64], other: NDArray[np.float32] | None
+) -> tuple[float, float, float, int]:
+    """What some positions add to a window's `nll`, `other_nll`, `kl` and `agreed`."""
+    mine, rows = log_softmax(logits), np.arange(len(targets))
+    nll = -float(mine[rows, targets].sum())
+    if other is None:
+        return nll, 0.0, 0.0, 0
+    theirs = log_softmax(other)
+    kl = float((np.exp(theirs) * (theirs - mine)).sum())
+    agreed = int((mine.argmax(axis=-1) == theirs.argmax(axis=-1)).sum())
+    return nll, -float(theirs[rows, targets].sum()), kl, agreed
 
 
 @dataclass(slots=True)
