@@ -1,4 +1,4 @@
-"""`python -m ondevice_convert.results MODEL --text FILE -o FILE.md`: quality against speed, all methods and densities."""
+"""`python -m ondevice_convert.results MODEL --text FILE -o FILE.md`: quality against speed of all methods."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ def _page(model: str, spec: ModelSpec, texts: Texts, windows: int, rows: Sequenc
 {command}
 ```
 
-"kept" is what the unseen text kept of FFN neurons (cats, lte, d2dmoe), inputs of linears (teal) or heads (polar). "rise" is
-of perplexity over the dense model, with its upper 95 % bound from paired windows. Speed is decoding one sequence at
-an empty context, in turn with the dense model, with `--plan sparse`, so that every layer skips even where that is
-slower. "oracle" is the mean share of an oracle's benefit over chance that the predictor keeps.
+"kept" is what the unseen text kept of FFN neurons (cats, lte, d2dmoe), inputs of linears (teal) or heads (polar).
+"rise" is of perplexity over the dense model, with its upper 95 % bound from paired windows. Speed is decoding one
+sequence at an empty context, in turn with the dense model, with `--plan sparse`, so that every layer skips even where
+that is slower. "oracle" is the mean share of an oracle's benefit over chance that the predictor keeps.
 
 {table}
 
