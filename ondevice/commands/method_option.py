@@ -22,22 +22,21 @@ class MethodOption:
     method: str
     values: dict[str, str]
 
-    def number(self, key: str, high: float = 1.0) -> float:
-        """A number above 0, at most `high`."""
+    def number(self, key: str, high: float = 1.0, zero: bool = False) -> float:
+        """A number above 0, or from 0 on with `zero`, at most `high`."""
         text = self.values[key]
         try:
             value = float(text)
         except ValueError:
-            value = 0.0
-        if not 0 < value <= high:
-            raise OptionError(
-                f"--sparsity {self.text}: {key} is {text!r}; it must be a number above 0, at most {high:g}"
-            )
+            value = -1.0
+        if not 0 <= value <= high or (value == 0 and not zero):
+            least = "from 0 on" if zero else "above 0"
+            raise OptionError(f"--sparsity {self.text}: {key} is {text!r}; it must be a number {least}, at most {high:g}")
         return value
 
-    def whole(self, key: str, high: int = 1 << 20) -> int:
-        """A whole number from 1 on."""
-        value = self.number(key, high)
+    def whole(self, key: str, high: int = 1 << 20, zero: bool = False) -> int:
+        """A whole number from 1 on, or from 0 on with `zero`."""
+        value = self.number(key, high, zero)
         if value != int(value):
             raise OptionError(f"--sparsity {self.text}: {key} is {self.values[key]!r}; it must be a whole number")
         return int(value)

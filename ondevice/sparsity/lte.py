@@ -1,6 +1,7 @@
 """LTE: a linear router scores groups of neurons, and those with sigmoid(score) above a threshold run.
 
-Source: Learn To be Efficient (Zheng et al. 2024), section 3. The scores only select: they do not weigh.
+Source: Learn To be Efficient (Zheng et al. 2024), section 3. The scores only select: they do not weigh. The published
+router has no bias. One that is fitted to a finished model needs it: its input is normed and has no constant part.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ BLOCK = 32
 
 @dataclass(frozen=True, slots=True)
 class Lte(Method):
-    """Adds `layers.N.ffn_router.weight` [groups, d_model].
+    """Adds `layers.N.ffn_router.weight` [groups, d_model], and `.bias` [groups] where there is one.
 
     Args:
         block: neurons of a group, which lie side by side.
         threshold: on the sigmoid of a group's score.
+        bias: whether the router has one.
     """
 
     block: int = BLOCK
     threshold: float = 0.5
+    bias: bool = False
 
     name: ClassVar[str] = "lte"
 
@@ -45,17 +48,21 @@ class Lte(Method):
 
     @classmethod
     def read(cls, fields: Fields, spec: ModelSpec) -> Lte:
-        fields.known("method", "block", "threshold")
+        fields.known("method", "block", "threshold", "bias")
         threshold = fields.number("threshold", 0.5, high=1.0)
         if not 0 < threshold < 1:
             raise fields.error("threshold", f"{threshold} is no sigmoid; it must lie between 0 and 1, as 0.5 does")
-        return cls(read_block(fields, spec.d_ff, BLOCK), threshold)
+        return cls(read_block(fields, spec.d_ff, BLOCK), threshold, fields.flag("bias", False))
 
     def section(self) -> dict[str, Any]:
-        return {"method": self.name, "block": self.block, "threshold": self.threshold}
+        stated = {"bias": True} if self.bias else {}
+        return {"method": self.name, "block": self.block, "threshold": self.threshold, **stated}
 
     def change_tensors(self, spec: ModelSpec, layer: int, shapes: Shapes) -> None:
-        shapes[f"layers.{layer}.ffn_router.weight"] = (spec.d_ff // self.block, spec.d_model)
+        groups = spec.d_ff // self.block
+        shapes[f"layers.{layer}.ffn_router.weight"] = (groups, spec.d_model)
+        if self.bias:
+            shapes[f"layers.{layer}.ffn_router.bias"] = (groups,)
 
     def ffn(self, pack: Packer, i: int) -> SelectedFfn:
         p, spec = f"layers.{i}.", pack.spec

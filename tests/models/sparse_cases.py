@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[str, Method]] = {
     "lte": ("llama", Lte()),
     "lte_single_neurons": ("gpt2", Lte(block=1, threshold=0.7)),
     "lte_post_norms": ("gemma2", Lte(block=8, threshold=0.4)),
+    "lte_bias": ("qwen2", Lte(block=16, threshold=0.6, bias=True)),
     "d2dmoe": ("llama", D2dmoe(block=32, width=12, tau=0.6)),
     "d2dmoe_attention": ("qwen2", D2dmoe(8, 12, 0.4, ExpertProjections(48, 16, 10, "gelu"))),
     "d2dmoe_fused": ("phi3", D2dmoe(4, 12, 0.5, ExpertProjections(24, 4, 10))),

@@ -57,7 +57,7 @@ def ffn_of(decoder: Decoder, x: np.ndarray) -> tuple[Any, np.ndarray]:
     return decoder.layers[1].ffn(x, residual, Early()), residual
 
 
-@pytest.mark.parametrize("name", ["lte", "lte_single_neurons", "lte_post_norms"])
+@pytest.mark.parametrize("name", ["lte", "lte_single_neurons", "lte_post_norms", "lte_bias"])
 def test_lte(name: str) -> None:
     decoder = decoder_of(name)
     spec, w, method, x = decoder.spec, weights(decoder), decoder.spec.sparsity, inputs(decoder)

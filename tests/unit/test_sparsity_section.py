@@ -46,12 +46,13 @@ def test_densities_go_into_the_file(name: str, tmp_path: Any) -> None:
 
 def test_names_in_the_file(tmp_path: Any) -> None:
     names = set()
-    for case in ("lte", "d2dmoe_attention", "polar", "polar_heads"):
+    for case in ("lte_bias", "d2dmoe_attention", "polar", "polar_heads"):
         folder = tiny_checkpoint(tmp_path / case, sparse_spec(case))
         with open_checkpoint(folder) as checkpoint:
             names |= {stored for stored in checkpoint._entries if "router" in stored or ".up." in stored}
     assert {
         "model.layers.1.mlp.router.weight",
+        "model.layers.1.mlp.router.bias",
         "model.layers.1.mlp.router.0.weight",
         "model.layers.1.self_attn.q_proj.router.1.weight",
         "model.layers.1.self_attn.o_proj.up.weight",
@@ -95,6 +96,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "threshold 0": ("llama", {"method": "lte", "threshold": 0}, "sparsity.threshold: 0.0 is no sigmoid"),
     "threshold NaN": ("llama", {"method": "lte", "threshold": float("nan")}, "sparsity.threshold: nan is no number"),
     "tau": ("llama", {"method": "d2dmoe", "tau": 1.5}, "sparsity.tau: 1.5 is no number from 0 to 1"),
+    "lte's bias": ("llama", {"method": "lte", "bias": 1}, "sparsity.bias: 1 is neither true nor false"),
     "attention's groups": (
         "llama",
         {"method": "d2dmoe", "attention": {"neurons": 10, "block": 4}},
@@ -218,6 +220,8 @@ def test_routers_that_are_missing_misshapen_or_left_over(tmp_path: Any) -> None:
         open_checkpoint(with_section(dense, {"method": "lte"}))
     with pytest.raises(CheckpointError, match=r"mlp\.router\.weight: has the shape \(3, 64\).*\(6, 64\)"):
         open_checkpoint(with_section(lte, {"method": "lte", "block": 16}))
+    with pytest.raises(CheckpointError, match=r"mlp\.router\.bias: the tensor is missing.*lte"):
+        open_checkpoint(with_section(lte, {"method": "lte", "bias": True}))
     with pytest.raises(CheckpointError, match=r"3 tensors that a llama model.*mlp\.router"):
         open_checkpoint(with_section(lte, None))
 

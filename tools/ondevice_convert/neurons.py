@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.special
 from numpy.typing import NDArray
 
 from ondevice.checkpoint.base import Checkpoint
@@ -13,6 +14,8 @@ from ondevice.checkpoint.quantization import dequantize
 from ondevice.ops.reference_activation import activate
 
 Floats = NDArray[np.float32]
+CHUNK_BYTES = 64 << 20
+"""Of a matrix of all neurons on some samples; more samples are taken in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,16 @@ class Neurons:
         """Activated gate and up [n, D] of inputs [n, d]; without a gate ones, and the activated up."""
         up = x @ self.up.T + self.up_bias
         if self.gate is None:
-            return np.ones_like(up), activate(up, self.activation)
-        return activate(x @ self.gate.T + self.gate_bias, self.activation), up
+            return np.ones_like(up), _activated(up, self.activation)
+        return _activated(x @ self.gate.T + self.gate_bias, self.activation), up
+
+    def chunks(self, x: Floats) -> Iterator[tuple[slice, Floats]]:
+        """Values of all neurons [some, D] of inputs [n, d], in turn, each with the samples that they are of."""
+        some = max(1, CHUNK_BYTES // (4 * len(self.up)))
+        for start in range(0, len(x), some):
+            part = slice(start, min(start + some, len(x)))
+            gate, up = self.factors(x[part])
+            yield part, gate * up
 
     @property
     def reach(self) -> Floats:
@@ -82,3 +93,13 @@ class Neurons:
             missing = np.where(scores > ordered[left - 1], 0, h) @ self.down.T
             parts.append(float((missing**2).sum()) / whole if whole else 0.0)
         return parts
+
+
+def _activated(x: Floats, kind: str) -> Floats:
+    """As the reference's, quicker for gelu, and silent about exp of large values, whose reciprocal is 0."""
+    if kind == "gelu":
+        values: Floats = 0.5 * x * (1 + scipy.special.erf(x / np.float32(np.sqrt(2))))
+        return values
+    with np.errstate(over="ignore"):
+        values = activate(x, kind)
+    return values
