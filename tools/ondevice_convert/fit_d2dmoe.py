@@ -15,6 +15,7 @@ from ondevice.checkpoint.quantization import Tensor
 from ondevice.commands.method_option import MethodOption
 from ondevice.errors import OptionError
 from ondevice.sparsity.d2dmoe import TAU, D2dmoe
+from ondevice.spec import ModelSpec
 from ondevice_convert.block_data import ORDERS, BlockData, Progress, groups_of, missed, part_of
 from ondevice_convert.blocks import Mask, border_at, judge
 from ondevice_convert.fitted import Fitted, LayerFit
@@ -52,6 +53,20 @@ class _Found:
     shares: list[NDArray[np.float16]] = field(default_factory=list)
 
 
+def check_d2dmoe(option: MethodOption, spec: ModelSpec) -> None:
+    """Refuses bad options by OptionError."""
+    block = option.divisor("block", spec.d_ff, "a layer's neurons")
+    if not BLOCKS[0] <= block <= BLOCKS[1]:
+        raise OptionError(
+            f"--sparsity {option.text}: block is {block}; experts have {BLOCKS[0]} to {BLOCKS[1]} neurons, so take a "
+            f"divisor of {spec.d_ff} between these"
+        )
+    _aim(option)
+    option.whole("width", high=spec.d_ff)
+    option.word("order", *ORDERS)
+    option.whole("steps", zero=True)
+
+
 def fit_d2dmoe(base: Checkpoint, samples: Samples, option: MethodOption, progress: Progress | None = None) -> Fitted:
     """Routers of all layers, and one tau for them.
 
@@ -66,12 +81,8 @@ def fit_d2dmoe(base: Checkpoint, samples: Samples, option: MethodOption, progres
         OptionError: values out of range, both tau and density, or too few samples.
     """
     spec = base.spec
-    block = option.divisor("block", spec.d_ff, "a layer's neurons")
-    if not BLOCKS[0] <= block <= BLOCKS[1]:
-        raise OptionError(
-            f"--sparsity {option.text}: block is {block}; experts have {BLOCKS[0]} to {BLOCKS[1]} neurons, so take a "
-            f"divisor of {spec.d_ff} between these"
-        )
+    check_d2dmoe(option, spec)
+    block = option.whole("block")
     tau, density = _aim(option)
     width, order = option.whole("width", high=spec.d_ff), option.word("order", *ORDERS)
     steps = option.whole("steps", zero=True)

@@ -15,6 +15,7 @@ from ondevice.checkpoint.base import Checkpoint
 from ondevice.checkpoint.quantization import Tensor
 from ondevice.commands.method_option import MethodOption
 from ondevice.sparsity.lte import Lte
+from ondevice.spec import ModelSpec
 from ondevice_convert.block_data import ORDERS, BlockData, Progress, groups_of, missed, part_of
 from ondevice_convert.blocks import border_at, judge
 from ondevice_convert.fitted import Fitted, LayerFit
@@ -29,6 +30,14 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)
 CLIP = 2.0
 """Lengths that count as no longer, in thresholds: how far above it a wanted group lies must not matter much."""
 RATE = 1e-3
+
+
+def check_lte(option: MethodOption, spec: ModelSpec) -> None:
+    """Refuses bad options by OptionError."""
+    option.divisor("block", spec.d_ff, "a layer's neurons")
+    option.number("density")
+    option.word("order", *ORDERS)
+    option.whole("steps", zero=True)
 
 
 def fit_lte(base: Checkpoint, samples: Samples, option: MethodOption, progress: Progress | None = None) -> Fitted:

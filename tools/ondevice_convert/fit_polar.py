@@ -53,7 +53,7 @@ def fit_polar(base: Checkpoint, samples: Samples, option: MethodOption, progress
         OndeviceError: the recall is reached in no layer unless all neurons run.
     """
     spec = base.spec
-    _check(option, spec)
+    check_polar(option, spec)
     heads, notes = _heads(option, spec)
     batches, rank, recall = _batches(option), _rank(option, spec), option.number("recall")
     added: dict[str, Tensor] = {}
@@ -100,8 +100,12 @@ def _told(neurons: Sequence[NeuronsFit], batches: Sequence[int], recall: float, 
     return notes
 
 
-def _check(option: MethodOption, spec: ModelSpec) -> None:
-    """Refuses what would have no effect."""
+def check_polar(option: MethodOption, spec: ModelSpec) -> None:
+    """Refuses bad options, and those that would have no effect, by OptionError."""
+    _heads(option, spec)
+    _batches(option)
+    _rank(option, spec)
+    option.number("recall")
     no_heads = option.number("heads") == 1
     if no_heads and spec.activation != "relu":
         raise OptionError(

@@ -32,6 +32,19 @@ EXACT_PLACES = ("ffn",)
 """What `gather` must have kept."""
 
 
+def check_cats(option: MethodOption, spec: ModelSpec) -> None:
+    """Refuses bad options, and models without a gate, by OptionError."""
+    _check_gate(spec)
+    option.number("density")
+    option.word("first", *FIRSTS)
+
+
+def check_teal(option: MethodOption, spec: ModelSpec) -> None:
+    """Refuses bad options by OptionError."""
+    option.number("density")
+    _linears(option, spec)
+
+
 def fit_cats(base: Checkpoint, samples: Samples, option: MethodOption, progress: Progress = None) -> Fitted:
     """CATS with one density for all layers.
 

@@ -4,82 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ondevice.checkpoint.base import Checkpoint
 from ondevice.commands.method_option import MethodOption, read_method
 from ondevice.errors import OptionError
-
-if TYPE_CHECKING:
-    from ondevice.checkpoint.base import Checkpoint
-    from ondevice_convert.fitted import Fitted
-    from ondevice_convert.samples import Samples
-
-Progress = Callable[[int, int, str], None]
-Fit = Callable[["Checkpoint", "Samples", MethodOption, Progress], "Fitted"]
+from ondevice.spec import ModelSpec
+from ondevice_convert import fit_d2dmoe, fit_lte, fit_polar, fit_threshold
+from ondevice_convert.fitted import Fitted
+from ondevice_convert.samples import Samples
 
 AUTO = "auto"
-KEYS: dict[str, Mapping[str, str]] = {
-    AUTO: {},
-    "cats": {"density": "0.5", "first": "best"},
-    "teal": {"density": "0.5", "linears": "q+k+v+o+gate+up+down"},
-    "lte": {"density": "0.5", "block": "32", "order": "clustered", "steps": "200"},
-    "d2dmoe": {"tau": "0.1", "density": "", "block": "32", "width": "128", "order": "clustered", "steps": "200"},
-    "polar": {"heads": "0.7", "unit": "auto", "recall": "0.99", "rank": "", "batches": "1", "dense_layers": "0"},
-}
-"""Keys of each method and what they are if not given; empty where the model decides."""
+AUTO_PLACES = ("ffn",)
+"""What the candidates of a budget need."""
 TRAINED = ("spark",)
+"""Methods that a model must be trained with."""
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How a method is fitted.
+    """How a method is made.
 
     Args:
-        places: of `Decoder.watch` that it needs.
+        keys: of its option, and what they are if not given.
+        places: of `gather` that it needs.
+        check: refuses options by OptionError, before any work.
         fit: makes it.
     """
 
+    keys: Mapping[str, str]
     places: tuple[str, ...]
-    fit: Fit
+    check: Callable[[MethodOption, ModelSpec], None]
+    fit: Callable[[Checkpoint, Samples, MethodOption, Progress], Fitted]
+
+
+KINDS = {
+    "cats": Kind(fit_threshold.CATS_KEYS, fit_threshold.CATS_PLACES, fit_threshold.check_cats, fit_threshold.fit_cats),
+    "teal": Kind(fit_threshold.TEAL_KEYS, fit_threshold.TEAL_PLACES, fit_threshold.check_teal, fit_threshold.fit_teal),
+    "lte": Kind(fit_lte.KEYS, ("ffn",), fit_lte.check_lte, fit_lte.fit_lte),
+    "d2dmoe": Kind(fit_d2dmoe.KEYS, ("ffn",), fit_d2dmoe.check_d2dmoe, fit_d2dmoe.fit_d2dmoe),
+    "polar": Kind(fit_polar.POLAR_KEYS, fit_polar.POLAR_PLACES, fit_polar.check_polar, fit_polar.fit_polar),
+}
 
 
 def parse(text: str) -> MethodOption:
     """What an option asks for.
 
     Raises:
-        OptionError: an unknown method or key, or one that conversion cannot make.
+        OptionError: an unknown method or key, or a method that conversion cannot make.
     """
     name = text.partition(":")[0]
     if name in TRAINED:
         raise OptionError(
             f"--sparsity {text}: {name} is how a model is trained from the start, so none can be converted to it; "
-            f"take one of {', '.join(KEYS)}"
+            f"take one of {', '.join((AUTO, *KINDS))}"
         )
-    return MethodOption(text, *read_method(text, KEYS))
+    return MethodOption(text, *read_method(text, {AUTO: {}, **{name: kind.keys for name, kind in KINDS.items()}}))
 
 
-def kind_of(option: MethodOption) -> Kind:
-    """How an option's method is fitted; "auto" needs what its candidates need."""
-    match option.method:
-        case "cats" | "teal":
-            from ondevice_convert import fit_threshold
-
-            if option.method == "cats":
-                return Kind(fit_threshold.CATS_PLACES, fit_threshold.fit_cats)
-            return Kind(fit_threshold.TEAL_PLACES, fit_threshold.fit_teal)
-        case "lte":
-            from ondevice_convert import fit_lte
-
-            return Kind(("ffn",), fit_lte.fit_lte)
-        case "d2dmoe":
-            from ondevice_convert import fit_d2dmoe
-
-            return Kind(("ffn",), fit_d2dmoe.fit_d2dmoe)
-        case "polar":
-            from ondevice_convert import fit_polar
-
-            return Kind(fit_polar.POLAR_PLACES, fit_polar.fit_polar)
-    raise ValueError(option.method)
-
-
-AUTO_PLACES = ("ffn",)
+def check(option: MethodOption, spec: ModelSpec) -> None:
+    """Refuses what a model cannot have, by OptionError."""
+    if option.method != AUTO:
+        KINDS[option.method].check(option, spec)

@@ -20,7 +20,7 @@ from ondevice.model import find
 from ondevice.spec import ModelSpec
 from ondevice_bench import chart
 from ondevice_bench.report import markdown
-from ondevice_convert.methods import kind_of, parse
+from ondevice_convert.methods import KINDS, parse
 from ondevice_convert.quality import Quality
 from ondevice_convert.samples import Samples, gather
 from ondevice_convert.search import POSITIONS
@@ -74,7 +74,7 @@ def results(model: str, text: Path, output: Path, tokens: int, windows: int, met
         texts = split_text(content, sha256, text, base.tokenizer(), tokens, base.spec.context_length)
         trial = Trial.of(base, "cpu", threads, progress)
         places = dict.fromkeys(
-            place for pattern in chosen.values() for place in kind_of(parse(pattern.format(0.5))).places
+            place for pattern in chosen.values() for place in KINDS[parse(pattern.format(0.5)).method].places
         )
         samples = gather(trial.dense, texts.fit, tuple(places), POSITIONS, progress)
         rows: list[Row] = []
@@ -91,7 +91,7 @@ def results(model: str, text: Path, output: Path, tokens: int, windows: int, met
 
 def _of_method(trial: Trial, samples: Samples, texts: Texts, windows: int, name: str, pattern: str) -> Iterator[Row]:
     options = [parse(pattern.format(density)) for density in DENSITIES]
-    fits = [kind_of(option).fit(trial.base, samples, option, trial.progress) for option in options]
+    fits = [KINDS[option.method].fit(trial.base, samples, option, trial.progress) for option in options]
     decoders = [trial.decoder(fitted) for fitted in fits]
     unseen = texts.unseen[-windows * texts.window :]
     qualities = trial.quality(decoders, unseen, texts.window, f"of {name}")

@@ -13,7 +13,7 @@ from ondevice.model import Model
 from ondevice_convert.blocks_table import blocks_table
 from ondevice_convert.budget import Budget, Choice
 from ondevice_convert.fitted import Fitted
-from ondevice_convert.methods import AUTO, kind_of
+from ondevice_convert.methods import AUTO, AUTO_PLACES, KINDS
 from ondevice_convert.quality import Quality, compare
 from ondevice_convert.report import Report
 from ondevice_convert.requantized import Requantized
@@ -69,7 +69,7 @@ class Search:
         if job.sparsity.method == AUTO:
             choice = Budget(trial, samples, texts, job.budget).choose()
             return self._chosen(trial, texts, samples, choice)
-        fitted = kind_of(job.sparsity).fit(self.base, samples, job.sparsity, self.progress)
+        fitted = KINDS[job.sparsity.method].fit(self.base, samples, job.sparsity, self.progress)
         return fitted, False, self._measured(trial, texts, samples, fitted)
 
     def _texts(self, trial: Trial) -> Texts:
@@ -84,7 +84,8 @@ class Search:
         assert self.job.sparsity is not None
         found = self.work.samples()
         if found is None:
-            places = kind_of(self.job.sparsity).places
+            method = self.job.sparsity.method
+            places = AUTO_PLACES if method == AUTO else KINDS[method].places
             found = gather(trial.dense, texts.fit, places, POSITIONS, self.progress)
             self.work.keep_samples(found)
         return found
