@@ -58,7 +58,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Writes both files and the pictures into a folder."""
-        pictures = {}
+        pictures: dict[str, str] = {}
         if self.layers:
             pictures |= {"layers.svg": layers_svg(self.layers), "recall.svg": recall_svg(self.layers)}
         if self.curve:
