@@ -31,7 +31,9 @@ class MethodOption:
             value = -1.0
         if not 0 <= value <= high or (value == 0 and not zero):
             least = "from 0 on" if zero else "above 0"
-            raise OptionError(f"--sparsity {self.text}: {key} is {text!r}; it must be a number {least}, at most {high:g}")
+            raise OptionError(
+                f"--sparsity {self.text}: {key} is {text!r}; it must be a number {least}, at most {high:g}"
+            )
         return value
 
     def whole(self, key: str, high: int = 1 << 20, zero: bool = False) -> int:

@@ -79,7 +79,9 @@ def largest(scores: Floats, count: int) -> Mask:
     return mask.reshape(scores.shape)
 
 
-def judge(layer: int, neurons: Neurons, x: Floats, groups: Groups, norms: Floats, kept: Mask, seed: int = 0) -> LayerFit:
+def judge(
+    layer: int, neurons: Neurons, x: Floats, groups: Groups, norms: Floats, kept: Mask, seed: int = 0
+) -> LayerFit:
     """What a selector's choices come to.
 
     Args:

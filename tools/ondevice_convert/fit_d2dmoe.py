@@ -15,11 +15,12 @@ from ondevice.checkpoint.quantization import Tensor
 from ondevice.commands.method_option import MethodOption
 from ondevice.errors import OptionError
 from ondevice.sparsity.d2dmoe import TAU, D2dmoe
-from ondevice_convert.block_data import ORDERS, BlockData, Progress, groups_of, missed, part_of
+from ondevice_convert.block_data import BlockData, Progress, missed, part_of
 from ondevice_convert.blocks import Mask, border_at, judge
 from ondevice_convert.fitted import Fitted, LayerFit
 from ondevice_convert.gradient import NormLoss, descend, predicted_norms
 from ondevice_convert.neurons import Floats
+from ondevice_convert.orders import ORDERS
 from ondevice_convert.ridge import Spectrum, linear, of_rank
 from ondevice_convert.samples import Samples
 
@@ -63,7 +64,7 @@ def fit_d2dmoe(base: Checkpoint, samples: Samples, option: MethodOption, progres
         base: the dense model.
         samples: with the place "ffn".
         option: with `KEYS`: tau, or instead of it density, the mean part of the experts that run; block, their neurons;
-            width of the routers; order, "clustered" or "model"; steps of gradient after the closed form, from 0 on.
+            width of the routers; order, of `ORDERS`; steps of gradient after the closed form, from 0 on.
         progress: called with (layers done, layers in all, label).
 
     Raises:
@@ -82,8 +83,8 @@ def fit_d2dmoe(base: Checkpoint, samples: Samples, option: MethodOption, progres
     found = _Found()
     for i in range(spec.n_layers):
         part_of(progress, i, spec.n_layers, "fitting d2dmoe")
-        found.groups.append(groups_of(base, i, block, order))
-        data = BlockData.of(base, samples, i, found.groups[i])
+        data = BlockData.of(base, samples, i, block, order)
+        found.groups.append(data.groups)
         found.routers.append(_router(data, width, steps))
         if density is not None:
             norms = _predicted(np.concatenate([data.fit.x, data.choose.x]), found.routers[i])
@@ -124,7 +125,7 @@ def _judged(
     layers: list[LayerFit] = []
     for i, (router, groups) in enumerate(zip(found.routers, found.groups)):
         part_of(progress, i, len(found.groups), "measuring d2dmoe")
-        data = BlockData.of(base, samples, i, groups)
+        data = BlockData.of(base, samples, i, method.block, order, groups)
         held_out = data.held_out
         kept = chosen(_predicted(held_out.x, router), method.tau)
         layers.append(judge(i, data.neurons, held_out.x, groups, held_out.norms, kept))
