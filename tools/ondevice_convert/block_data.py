@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from ondevice.checkpoint.base import Checkpoint
 from ondevice.errors import OptionError
 from ondevice_convert.blocks import Groups, block_norms
-from ondevice_convert.clustering import balanced_clusters
 from ondevice_convert.neurons import Floats, Neurons
+from ondevice_convert.orders import groups_in
 from ondevice_convert.samples import Samples
 
 Progress = Callable[[int, int, str], None]
-ORDERS = ("clustered", "model")
 FEWEST = 40
 """Samples below which nothing is fitted."""
 
@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class BlockData:
-    """A layer. The last fifth of the positions is held out; the eighth before it is not fitted on, but chooses.
+    """A layer. The last fifth of the positions is held out; the tenth before it is not fitted on, but chooses.
 
     Args:
         neurons: its FFN.
@@ -45,37 +45,36 @@ class BlockData:
     held_out: Part
 
     @classmethod
-    def of(cls, base: Checkpoint, samples: Samples, layer: int, groups: Groups) -> BlockData:
-        """Reads a layer and runs its FFN on its samples.
+    def of(
+        cls,
+        base: Checkpoint,
+        samples: Samples,
+        layer: int,
+        block: int,
+        order: str,
+        groups: Groups | None = None,
+    ) -> BlockData:
+        """Reads a layer, forms its groups and runs its FFN on its samples.
+
+        Args:
+            block: neurons of a group.
+            order: of `ORDERS`.
+            groups: that were formed before.
 
         Raises:
             OptionError: too few samples.
         """
-        x, neurons = samples.of("ffn", layer), Neurons.of(base, layer)
+        x = samples.of("ffn", layer)
         n = len(x)
         if n < FEWEST:
             raise OptionError(f"the text gives {n} positions, and routers need {FEWEST} or more; take a longer text")
-        norms = block_norms(neurons, x, groups)
+        neurons = Neurons.of(base, layer)
         ends = [0, n * 7 // 10, n * 4 // 5, n]
-        parts = [Part(x[start:end], norms[start:end]) for start, end in zip(ends, ends[1:])]
+        if groups is None:
+            groups = groups_in(order, neurons, block, x[: ends[1]])
+        norms = block_norms(neurons, x, groups)
+        parts = [Part(x[start:end], norms[start:end]) for start, end in pairwise(ends)]
         return cls(neurons, groups, *parts)
-
-
-def groups_of(base: Checkpoint, layer: int, block: int, order: str, progress: Progress | None = None) -> Groups:
-    """Groups of a layer's neurons.
-
-    Args:
-        order: "model" for neighbours in the model, "clustered" for neurons whose rows of the gate (of up where there is
-            no gate) point in like directions.
-
-    Returns:
-        int64 [groups, block].
-    """
-    neurons = np.arange(base.spec.d_ff)
-    if order == "clustered":
-        own = Neurons.of(base, layer)
-        neurons = balanced_clusters(own.up if own.gate is None else own.gate, block, progress)
-    return neurons.reshape(-1, block)
 
 
 def part_of(progress: Progress | None, layer: int, n_layers: int, label: str) -> None:

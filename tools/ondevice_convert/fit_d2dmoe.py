@@ -16,11 +16,12 @@ from ondevice.commands.method_option import MethodOption
 from ondevice.errors import OptionError
 from ondevice.sparsity.d2dmoe import TAU, D2dmoe
 from ondevice.spec import ModelSpec
-from ondevice_convert.block_data import ORDERS, BlockData, Progress, groups_of, missed, part_of
+from ondevice_convert.block_data import BlockData, Progress, missed, part_of
 from ondevice_convert.blocks import Mask, border_at, judge
 from ondevice_convert.fitted import Fitted, LayerFit
 from ondevice_convert.gradient import NormLoss, descend, predicted_norms
 from ondevice_convert.neurons import Floats
+from ondevice_convert.orders import ORDERS
 from ondevice_convert.ridge import Spectrum, linear, of_rank
 from ondevice_convert.samples import Samples
 
@@ -31,15 +32,19 @@ KEYS = {
     "block": "32",
     "width": "128",
     "order": "clustered",
-    "steps": "300",
+    "steps": "200",
 }
 """Of `--sparsity d2dmoe:...`, and what they are if not given; tau is then the paper's."""
 BLOCKS = (16, 128)
 """Neurons of the smallest and the largest expert."""
 RIDGES = (0.01, 0.1, 1.0, 10.0)
-CLIP = 4.0
-"""Root mean squares of an expert's lengths beyond which they count as no longer: a few positions have huge outputs."""
-RATE = 1e-3
+SECOND_RIDGE = 1e-2
+JUDGED_AT = (0.3, 0.5, 0.7)
+"""Densities at which routers are compared, since tau may be set later."""
+CLIPS = (1.25, 2.0, 4.0)
+"""Root mean squares of the lengths beyond which they count as no longer. A few positions have huge outputs, and how far
+above the others an expert lies matters less than that it does."""
+RATE = 3e-4
 
 Router = tuple[NDArray[np.float16], NDArray[np.float16]]
 
@@ -74,7 +79,7 @@ def fit_d2dmoe(base: Checkpoint, samples: Samples, option: MethodOption, progres
         base: the dense model.
         samples: with the place "ffn".
         option: with `KEYS`: tau, or instead of it density, the mean part of the experts that run; block, their neurons;
-            width of the routers; order, "clustered" or "model"; steps of gradient after the closed form, from 0 on.
+            width of the routers; order, of `ORDERS`; steps of gradient after the closed form, from 0 on.
         progress: called with (layers done, layers in all, label).
 
     Raises:
@@ -89,12 +94,12 @@ def fit_d2dmoe(base: Checkpoint, samples: Samples, option: MethodOption, progres
     found = _Found()
     for i in range(spec.n_layers):
         part_of(progress, i, spec.n_layers, "fitting d2dmoe")
-        found.groups.append(groups_of(base, i, block, order))
-        data = BlockData.of(base, samples, i, found.groups[i])
+        data = BlockData.of(base, samples, i, block, order)
+        found.groups.append(data.groups)
         found.routers.append(_router(data, width, steps))
         if density is not None:
             norms = _predicted(np.concatenate([data.fit.x, data.choose.x]), found.routers[i])
-            found.shares.append((norms / np.maximum(norms.max(axis=1, keepdims=True), 1e-30)).astype(np.float16))
+            found.shares.append(_shares(norms).astype(np.float16))
     notes: list[str] = []
     if density is not None:
         tau = _tau_at(np.concatenate([shares.ravel() for shares in found.shares]).astype(np.float32), density)
@@ -131,7 +136,7 @@ def _judged(
     layers: list[LayerFit] = []
     for i, (router, groups) in enumerate(zip(found.routers, found.groups)):
         part_of(progress, i, len(found.groups), "measuring d2dmoe")
-        data = BlockData.of(base, samples, i, groups)
+        data = BlockData.of(base, samples, i, method.block, order, groups)
         held_out = data.held_out
         kept = chosen(_predicted(held_out.x, router), method.tau)
         layers.append(judge(i, data.neurons, held_out.x, groups, held_out.norms, kept))
@@ -149,16 +154,22 @@ def chosen(norms: Floats, tau: float) -> Mask:
     return mask
 
 
+def _shares(norms: Floats) -> Floats:
+    """Predictions as parts of each sample's largest."""
+    shares: Floats = norms / np.maximum(norms.max(axis=1, keepdims=True), np.float32(1e-30))
+    return shares
+
+
 def _predicted(x: Floats, router: Router) -> Floats:
     first, second = router
     return predicted_norms(x, first.astype(np.float32), second.astype(np.float32))
 
 
 def _router(data: BlockData, width: int, steps: int) -> Router:
-    """First [width, d] and second [experts, width]."""
-    first, second = _closed_form(data, width)
+    """First [width, d] and second [experts, width], of values that float16 holds well."""
+    first, second, clip = _closed_form(data, width)
     if steps:
-        first, second = _descended(data, first, second, steps)
+        first, second = _descended(data, first, second, clip, steps)
     hidden = np.maximum(data.fit.x @ first.T, 0)
     sizes = np.sqrt((hidden**2).mean(axis=0)) + np.float32(1e-6)
     first, second = first / sizes[:, None], second * sizes
@@ -166,45 +177,58 @@ def _router(data: BlockData, width: int, steps: int) -> Router:
     return first.astype(np.float16), (second / max(float(np.abs(second).max()), 1e-20)).astype(np.float16)
 
 
-def _targets(norms: Floats) -> Floats:
-    targets: Floats = np.minimum(norms, np.float32(CLIP) * np.sqrt((norms**2).mean()))
+def _targets(norms: Floats, clip: float) -> Floats:
+    targets: Floats = np.minimum(norms, np.float32(clip) * np.sqrt((norms**2).mean()))
     return targets
 
 
-def _closed_form(data: BlockData, width: int) -> tuple[Floats, Floats]:
+def _missed(x: Floats, norms: Floats, first: Floats, second: Floats) -> float:
+    """What is left out with a router, at some densities, in parts of the squares of the outputs."""
+    shares = _shares(predicted_norms(x, first, second))
+    return sum(missed(shares, norms, density) for density in JUDGED_AT)
+
+
+def _closed_form(data: BlockData, width: int) -> tuple[Floats, Floats, float]:
     """Both signs of the directions that predict lengths best, and ridge regression on what relu makes of them.
 
     The two parts of a direction give its value as their difference, and as their sum its size, which the constant part
     of the lengths needs: the router has no bias.
+
+    Returns:
+        First, second, and which of `CLIPS` they were fitted with.
     """
     fit, choose = data.fit, data.choose
-    targets = _targets(fit.norms)
     spectrum = Spectrum.of(fit.x)
-    best: tuple[float, Floats, Floats] | None = None
-    for ridge in RIDGES:
-        half, _ = of_rank(spectrum, targets, (width + 1) // 2, ridge)
-        first = np.concatenate([half, -half])[:width]
-        hidden = Spectrum.of(np.maximum(fit.x @ first.T, 0), intercept=False)
-        for second_ridge in RIDGES[:3]:
-            second, _ = linear(hidden, targets, 0.1 * second_ridge)
-            error = float(((predicted_norms(choose.x, first, second) - _targets(choose.norms)) ** 2).mean())
-            if best is None or error < best[0]:
-                best = error, first, second
+    best, least = None, np.inf
+    for clip in CLIPS:
+        targets = _targets(fit.norms, clip)
+        for ridge in RIDGES:
+            half, _ = of_rank(spectrum, targets, (width + 1) // 2, ridge)
+            first = np.concatenate([half, -half])[:width]
+            hidden = Spectrum.of(np.maximum(fit.x @ first.T, 0), intercept=False)
+            second, _ = linear(hidden, targets, SECOND_RIDGE)
+            found = _missed(choose.x, choose.norms, first, second)
+            if best is None or found < least:
+                best, least = (first, second, clip), found
     assert best is not None
-    return best[1:]
+    return best
 
 
-def _descended(data: BlockData, first: Floats, second: Floats, steps: int) -> tuple[Floats, Floats]:
-    """The router after gradient steps on the squared error of lengths of mean square 1."""
+def _descended(data: BlockData, first: Floats, second: Floats, clip: float, steps: int) -> tuple[Floats, Floats]:
+    """The router after gradient steps on the squared error of lengths."""
     fit, choose = data.fit, data.choose
-    size = max(float(np.sqrt((fit.norms**2).mean())), 1e-20)
     # Steps are of one size for all inputs, so these are made so too, but for those that hardly vary.
     scale = np.sqrt((fit.x**2).mean(axis=0))
     scale += np.float32(0.1) * scale.mean() + np.float32(1e-6)
-    loss = NormLoss(fit.x / scale, _targets(fit.norms) / np.float32(size))
-    unseen = NormLoss(choose.x / scale, _targets(choose.norms) / np.float32(size))
-    # Both matrices get a like share of the size.
-    reach = np.float32(np.sqrt(size * np.linalg.norm(first) / max(float(np.linalg.norm(second)), 1e-20)))
-    start = (first * scale / reach * np.sqrt(np.float32(1)), second * reach / np.float32(size))
-    first, second = descend(start, loss.gradient, unseen.judge, len(fit.x), steps, RATE)
+    targets = _targets(fit.norms, clip)
+    size = np.float32(np.sqrt((targets**2).mean()) + 1e-20)
+    loss, unseen = NormLoss(fit.x / scale, targets / size), choose.x / scale
+    first, second = descend(
+        (first * scale, second / size),
+        loss.gradient,
+        lambda router: _missed(unseen, choose.norms, *router),
+        len(fit.x),
+        steps,
+        RATE,
+    )
     return first / scale, second

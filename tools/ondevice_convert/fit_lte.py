@@ -1,7 +1,7 @@
 """LTE for a finished model: routers of groups of neurons, layer by layer, with the network as it is.
 
-Source: Learn To be Efficient (Zheng et al. 2024), section 3, of which this is the router alone. There router and network
-are trained together; here the network stays, and a group is wanted where its output is long.
+Source: Learn To be Efficient (Zheng et al. 2024), section 3, of which this is the router alone. There router and
+network are trained together; here the network stays, and a group is wanted where its output is long.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from ondevice.checkpoint.quantization import Tensor
 from ondevice.commands.method_option import MethodOption
 from ondevice.sparsity.lte import Lte
 from ondevice.spec import ModelSpec
-from ondevice_convert.block_data import ORDERS, BlockData, Progress, groups_of, missed, part_of
+from ondevice_convert.block_data import BlockData, Progress, missed, part_of
 from ondevice_convert.blocks import border_at, judge
 from ondevice_convert.fitted import Fitted, LayerFit
 from ondevice_convert.gradient import LabelLoss, Parameters, descend
 from ondevice_convert.neurons import Floats
+from ondevice_convert.orders import ORDERS
 from ondevice_convert.ridge import Spectrum, linear
 from ondevice_convert.samples import Samples
 
@@ -46,8 +47,8 @@ def fit_lte(base: Checkpoint, samples: Samples, option: MethodOption, progress: 
     Args:
         base: the dense model.
         samples: with the place "ffn".
-        option: with `KEYS`: density, the mean part of the groups that run; block, their neurons; order, "clustered" or
-            "model"; steps of gradient after the closed form, from 0 on.
+        option: with `KEYS`: density, the mean part of the groups that run; block, their neurons; order, of
+            `ORDERS`; steps of gradient after the closed form, from 0 on.
         progress: called with (layers done, layers in all, label).
 
     Raises:
@@ -74,15 +75,14 @@ def fit_lte_layers(
     layers: list[LayerFit] = []
     for i, density in enumerate(densities):
         part_of(progress, i, len(densities), "fitting lte")
-        groups = groups_of(base, i, block, order)
-        data = BlockData.of(base, samples, i, groups)
+        data = BlockData.of(base, samples, i, block, order)
         weight, bias = _router(data, density, steps)
         added[f"layers.{i}.ffn_router.weight"], added[f"layers.{i}.ffn_router.bias"] = weight, bias
         if order != "model":
-            orders[i] = groups.ravel()
+            orders[i] = data.groups.ravel()
         held_out = data.held_out
         kept = held_out.x @ weight.astype(np.float32).T + bias > 0
-        layers.append(judge(i, data.neurons, held_out.x, groups, held_out.norms, kept))
+        layers.append(judge(i, data.neurons, held_out.x, data.groups, held_out.norms, kept))
     part_of(progress, len(densities), len(densities), "fitting lte")
     # A layer that keeps nothing of these few samples will keep something of others.
     kept_parts = tuple(max(layer.density, 1e-3) for layer in layers)
@@ -118,8 +118,9 @@ def _descended(
     mean, scale = fit.x.mean(axis=0), fit.x.std(axis=0)
     scale += np.float32(0.1) * scale.mean() + np.float32(1e-6)
     x, unseen = (fit.x - mean) / scale, (choose.x - mean) / scale
-    stakes = np.abs(np.minimum(fit.norms, CLIP * border) - np.float32(border))
-    loss = LabelLoss(x, fit.norms > border, stakes / max(float(stakes.mean()), 1e-20))
+    stakes: Floats = np.abs(np.minimum(fit.norms, CLIP * border) - np.float32(border))
+    stakes /= np.float32(max(float(stakes.mean()), 1e-20))
+    loss = LabelLoss(x, fit.norms > border, stakes)
     scores = fit.x @ weight.T + bias
     sharpness = 2 / max(float(scores.std()), 1e-20)
     start: Parameters = (weight * scale * np.float32(sharpness), (weight @ mean + bias) * np.float32(sharpness))

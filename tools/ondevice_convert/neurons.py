@@ -98,8 +98,6 @@ class Neurons:
 def _activated(x: Floats, kind: str) -> Floats:
     """As the reference's, quicker for gelu, and silent about exp of large values, whose reciprocal is 0."""
     if kind == "gelu":
-        values: Floats = 0.5 * x * (1 + scipy.special.erf(x / np.float32(np.sqrt(2))))
-        return values
+        return 0.5 * x * (1 + scipy.special.erf(x / np.float32(np.sqrt(2))))
     with np.errstate(over="ignore"):
-        values = activate(x, kind)
-    return values
+        return activate(x, kind)

@@ -6,6 +6,7 @@ Penalties are parts of the mean square of an input, so that one value suits mode
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -22,21 +23,23 @@ class Spectrum:
 
     Args:
         x: the inputs [n, d], less their mean.
-        mean: [d]; zeros where predictors have no intercept.
+        mean: [d]; zeros without an intercept.
+        intercept: whether predictors have one.
         directions: [d, k] orthonormal, k at most n and d.
         squares: [k] mean squares along them.
     """
 
     x: Floats
     mean: Floats
+    intercept: bool
     directions: Floats
     squares: Floats
 
     @classmethod
     def of(cls, x: Floats, intercept: bool = True) -> Spectrum:
         """Decomposes the smaller of the two products of x [n, d] with itself."""
-        mean = x.mean(axis=0) if intercept else np.zeros(x.shape[1], np.float32)
-        x = x - mean
+        mean: Any = x.mean(axis=0) if intercept else np.zeros(x.shape[1], np.float32)
+        x = (x - mean).astype(np.float32)
         n, d = x.shape
         exact = x.astype(np.float64)
         squares, vectors = scipy.linalg.eigh((exact.T @ exact if d <= n else exact @ exact.T) / n)
@@ -44,7 +47,7 @@ class Spectrum:
         squares, vectors = squares[there], vectors[:, there]
         if d > n:
             vectors = exact.T @ vectors / np.sqrt(squares * n)
-        return cls(x, mean, vectors.astype(np.float32), squares.astype(np.float32))
+        return cls(x, mean, intercept, vectors.astype(np.float32), squares.astype(np.float32))
 
     def penalized(self, ridge: float) -> Floats:
         """Mean squares [k] with the penalty added."""
@@ -53,7 +56,7 @@ class Spectrum:
 
     def towards(self, y: Floats) -> Floats:
         """Mean products [k, m] of the directions with targets y [n, m]."""
-        products: Floats = self.directions.T @ (self.x.T @ y) / np.float32(len(y))
+        products: Floats = (self.x @ self.directions).T @ y / np.float32(len(y))
         return products
 
 
@@ -66,11 +69,11 @@ def linear(spectrum: Spectrum, y: Floats, ridge: float) -> tuple[Floats, Floats]
         ridge: penalty, as a part of the mean square of an input.
 
     Returns:
-        weight [m, d] and intercept [m], which is 0 if the spectrum is one without a mean.
+        weight [m, d] and intercept [m], which is 0 if the spectrum has none.
     """
-    centre = y.mean(axis=0) if spectrum.mean.any() else np.zeros(y.shape[1], np.float32)
+    centre: Any = y.mean(axis=0) if spectrum.intercept else np.zeros(y.shape[1], np.float32)
     products = spectrum.towards(y - centre)
-    weight = (products / spectrum.penalized(ridge)[:, None]).T @ spectrum.directions.T
+    weight: Floats = (products / spectrum.penalized(ridge)[:, None]).T @ spectrum.directions.T
     return weight, centre - weight @ spectrum.mean
 
 
@@ -91,13 +94,14 @@ def reduced_rank(x: Floats, y: Floats, rank: int, ridge: float) -> tuple[Floats,
 
 
 def of_rank(spectrum: Spectrum, y: Floats, rank: int, ridge: float) -> tuple[Floats, Floats]:
-    """As `reduced_rank`, of inputs that are decomposed already; of y and x less their means where the spectrum is.
+    """As `reduced_rank`, of inputs that are decomposed already; of both less their means where the spectrum
+    has an intercept.
 
     Source: Izenman, Reduced-rank regression for the multivariate linear model (1975), section 2. With whitened inputs
     the best predictions of a rank are those of full rank in the directions where they are largest.
     """
     whitening = spectrum.directions / np.sqrt(spectrum.penalized(ridge))
-    products = spectrum.towards(y - y.mean(axis=0) if spectrum.mean.any() else y)
+    products = spectrum.towards(y - y.mean(axis=0) if spectrum.intercept else y)
     whole = products / np.sqrt(spectrum.penalized(ridge))[:, None]
     exact = whole.astype(np.float64)
     if len(whole) <= whole.shape[1]:
