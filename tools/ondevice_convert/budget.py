@@ -17,7 +17,7 @@ from ondevice_convert.fit_threshold import cats_losses, fit_cats_layers, fit_exa
 from ondevice_convert.fitted import Fitted
 from ondevice_convert.quality import Quality
 from ondevice_convert.samples import Samples
-from ondevice_convert.sensitivity import layer_costs
+from ondevice_convert.layer_costs import layer_costs
 from ondevice_convert.speed import Speed
 from ondevice_convert.texts import Texts
 from ondevice_convert.trial import Trial
