@@ -15,9 +15,9 @@ from ondevice.sparsity.break_even import MARGINS
 from ondevice_convert.allocation import DENSE, LayerChoices, allocate, interpolated
 from ondevice_convert.fit_threshold import cats_losses, fit_cats_layers, fit_exact
 from ondevice_convert.fitted import Fitted
+from ondevice_convert.layer_costs import layer_costs
 from ondevice_convert.quality import Quality
 from ondevice_convert.samples import Samples
-from ondevice_convert.layer_costs import layer_costs
 from ondevice_convert.speed import Speed
 from ondevice_convert.texts import Texts
 from ondevice_convert.trial import Trial

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,12 @@ from ondevice.checkpoint.writer import write_checkpoint
 from ondevice.commands.method_option import MethodOption
 from ondevice.errors import OndeviceError
 from ondevice.spec import ModelSpec
-from ondevice_convert.card import write_card
+from ondevice_convert.card import copy_licences, model_card
 from ondevice_convert.changed import Changed
 from ondevice_convert.fitted import Fitted
 from ondevice_convert.methods import check
-from ondevice_convert.recipe import make_recipe
-from ondevice_convert.requantized import Requantized
-from ondevice_convert.search import Search
+from ondevice_convert.recipe import group_for
+from ondevice_convert.search import Search, told_name
 from ondevice_convert.texts import read_text
 from ondevice_convert.work import Work
 
@@ -81,16 +81,16 @@ def convert(job: Job, progress: Progress) -> Path:
     path = store.pull(job.source, progress, partial(_check, job))
     with open_checkpoint(path) as source:
         _check(job, source.spec)
-        recipe = make_recipe(source, job.bits, job.group_size)
-        base: Checkpoint = source if recipe is None else Requantized(source, recipe)
-        _check_space(base, job.target)
+        group_size = None if job.bits is None else group_for(source, job.bits, job.group_size)
+        _check_space(source, job)
         work = Work(job.target, _digest(job, source, text))
-        outcome = work.outcome(base.spec)
+        search = Search(job, source, group_size, work, text, progress)
+        outcome = work.outcome(source.spec)
         if outcome is None:
-            found = Search(job, source, base, work, text, progress).run()
+            found = search.run()
             work.keep_outcome(*found)
             outcome = found[:2]
-        _write(job, source, base, work, *outcome, progress)
+        _write(job, source, search.base, work, *outcome, progress)
         work.close()
     return job.target
 
@@ -106,13 +106,16 @@ def _check(job: Job, spec: ModelSpec) -> None:
         check(job.sparsity, spec)
 
 
-def _check_space(base: Checkpoint, target: Path) -> None:
-    folder = next(parent for parent in target.absolute().parents if parent.exists())
-    free, needed = shutil.disk_usage(folder).free, base.nbytes
+def _check_space(source: Checkpoint, job: Job) -> None:
+    folder = next(parent for parent in job.target.absolute().parents if parent.exists())
+    free, needed = shutil.disk_usage(folder).free, source.nbytes
+    if job.bits is not None:
+        weights = sum(prod(shape) for shape in source.spec.tensors().values())
+        needed = min(needed, int(weights * (job.bits + 1) / 8))
     if needed > free:
         raise OndeviceError(
-            f"{target}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space or choose "
-            "another place"
+            f"{job.target}: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space or "
+            "choose another place"
         )
 
 
@@ -141,7 +144,11 @@ def _write(
 
     def finish(folder: Path) -> None:
         work.copy_report(folder)
-        write_card(folder, source, job.source, spec)
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        licences = copy_licences(source.path, folder)
+        facts = {name: told for name, told in report["made"].items() if name not in ("by", "model", "section")}
+        card = model_card(source.about(), told_name(job.source), licences, facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     write_checkpoint(
         job.target,

@@ -37,6 +37,18 @@ class Recipe:
     code_bits: Mapping[str, int]
     notes: tuple[str, ...] = ()
 
+    def document(self) -> dict[str, Any]:
+        """As `of` takes it, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Recipe:
+        """What `document` gave."""
+        forms = {
+            name: form if isinstance(form, str) else (form[0], form[1]) for name, form in document["forms"].items()
+        }
+        return cls(forms, document["weights"], document["code_bits"], tuple(document["notes"]))
+
     @property
     def average_bits(self) -> float:
         """Bits of a weight's code, without scales, on average."""

@@ -100,6 +100,11 @@ class Requantized(Checkpoint):
         self.source.release(name)
         return changed
 
+    @property
+    def changes(self) -> bool:
+        """Whether any tensor is changed at all."""
+        return any(self._target(name) is not None for name in self.spec.tensors())
+
     def measured(self) -> dict[str, float]:
         """`errors` of all tensors that are changed; those that were not read yet are read."""
         names = [name for name, shape in self.spec.tensors().items() if len(shape) == 2 and self._target(name)]

@@ -25,8 +25,9 @@ class Samples:
     def of(self, place: str, layer: int, most: int | None = None) -> NDArray[np.float32]:
         """Samples of a layer, float32 [n, width]; at most so many, spread evenly."""
         all_of_them = self.places[place][:, layer]
-        step = 1 if most is None else max(1, len(all_of_them) // most)
-        return all_of_them[::step][:most].astype(np.float32)
+        if most is None or most >= len(all_of_them):
+            return all_of_them.astype(np.float32)
+        return all_of_them[np.linspace(0, len(all_of_them) - 1, most).astype(int)].astype(np.float32)
 
 
 def gather(
