@@ -68,6 +68,7 @@ def test_logistic_regression_finds_what_decides():
     scores = x[400:] @ weight.T + bias
     for mine, truth in zip(scores.T, labels[400:].T):
         assert mine[truth].min() > np.quantile(mine[~truth], 0.9)
+        assert np.median(mine[truth]) > 0 > np.median(mine[~truth])
 
 
 def test_positives_weigh_more_where_they_are_rare():
@@ -115,6 +116,12 @@ def test_what_heads_lose_goes_through_o(llama):
 @pytest.mark.parametrize(("share", "kept"), [("0.1", 1), ("0.3", 1), ("0.75", 3), ("0.99", 3)])
 def test_kept_heads_are_rounded_down(llama, share, kept):
     assert fit(llama, f"polar:heads={share},unit=head").method.heads.kept == kept
+
+
+def test_a_single_group_cannot_be_left_out(tmp_path):
+    base = tiny_model(tmp_path, n_kv_heads=1)
+    with pytest.raises(OptionError, match="1 of groups of heads in a layer, which cannot be left out"):
+        fit_polar(base, Samples(), polar("polar"))
 
 
 def test_reduced_rank_is_the_best_of_its_rank():

@@ -197,6 +197,7 @@ def test_zeros_of_relu_are_exact(opt, tmp_path):
         sparse, whole = (next(d.prefill(tokens, d.new_cache(1, 100), all_logits=True)) for d in (decoder, dense))
         np.testing.assert_allclose(sparse, whole, atol=1e-9)
         name = "inputs" if kind is Teal else "ffn"
+        assert all(fit.what == name for fit in fitted.layers)
         tally = decoder.ops.counts()[name]
         assert tally.kept / tally.units == pytest.approx(np.mean(fitted.method.densities), abs=0.05)
 

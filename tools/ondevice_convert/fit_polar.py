@@ -134,6 +134,11 @@ def _heads(option: MethodOption, spec: ModelSpec) -> tuple[PolarHeads | None, li
     # 0.29 * 100 is 28.999999999999996.
     kept = max(1, int(share * units + 1e-9))
     name = "heads" if unit == "head" else "groups of heads"
+    if kept == units:
+        raise OptionError(
+            f"--sparsity {option.text}: this model has 1 of {name} in a layer, which cannot be left out; take heads=1 "
+            "(relu models), unit=head, or another method"
+        )
     note = f"heads={share:g} of {units} {name}: {kept} run in each layer ({kept / units:.0%})"
     return PolarHeads(kept, unit, _dense_layers(option, spec)), [note]
 
