@@ -157,7 +157,8 @@ class Budget:
         middle = fit_cats_layers(trial.base, self.samples, [REFERENCE] * n_layers, progress=trial.progress)
         ratios = trial.ratios(middle)
         skipping = trial.decoder(middle)
-        costs = layer_costs(trial.dense, skipping, self._tuning[:COST_TOKENS], trial.progress)
+        some = self._tuning[: min(COST_TOKENS, trial.base.spec.context_length)]
+        costs = layer_costs(trial.dense, skipping, some, trial.progress)
         del skipping
         lost = cats_losses(trial.base, self.samples, (REFERENCE, *DENSITIES), progress=trial.progress)
         self._draw(ratios)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ondevice.decoder import Decoder
-from ondevice.sparsity.stats import sparsity_stats
+from ondevice.ops.base_skipping import Tally
 from ondevice_eval.evaluation import logits_of
 from ondevice_eval.scores import Scores, Window
 
@@ -76,7 +76,7 @@ def compare(
         window: tokens of a window; the first of each is not scored.
         progress: called with (tokens done, tokens in all, label).
     """
-    scores, before = [Scores() for _ in others], [dict(_copied(other)) for other in others]
+    scores, kept = [Scores() for _ in others], [Kept() for _ in others]
     caches = [decoder.new_cache(1, min(window, len(tokens))) for decoder in (dense, *others)]
     done = 0
     for start in range(0, len(tokens) - 1, window):
@@ -86,29 +86,42 @@ def compare(
             cache.truncate(0, 0)
         # One window's logits stay in memory: 200 MB for a vocabulary of 49,000 words.
         theirs = np.concatenate(list(logits_of(dense, ids, caches[0], False, 0)))[: len(targets)]
-        for other, cache, own in zip(others, caches[1:], scores):
+        for other, cache, own, parts in zip(others, caches[1:], scores, kept):
             own.windows.append(Window())
-            at = 0
+            at, before = 0, counted(other)
             for logits in logits_of(other, ids, cache, by_token=_decodes_only(other), top=EXACT_WORDS):
                 part = slice(at, at + len(logits))
                 own.windows[-1].add(logits[: len(targets[part])], targets[part], theirs[part])
                 at += len(logits)
+            parts.add(before, counted(other))
             done += len(ids)
             if progress:
                 progress(done, len(tokens) * len(others), label)
-    return [Quality.of(own, density_of(other, earlier)) for other, own, earlier in zip(others, scores, before)]
+    return [Quality.of(own, parts.densities()) for own, parts in zip(scores, kept)]
 
 
-def density_of(decoder: Decoder, before: dict[str, Any]) -> dict[str, float]:
-    """What a model kept since a look at its table's counts."""
-    stats = sparsity_stats(decoder.spec, decoder.plan, before, decoder.ops.counts())
-    return {} if stats is None else stats.density
+class Kept:
+    """What a model keeps, by what it is. Models of one table share its counts, so each run is counted by itself."""
+
+    def __init__(self) -> None:
+        self._kept: Counter[str] = Counter()
+        self._units: Counter[str] = Counter()
+
+    def add(self, before: Mapping[str, Tally], after: Mapping[str, Tally]) -> None:
+        """Counts what was run between two looks."""
+        for name, tally in after.items():
+            earlier = before.get(name, Tally())
+            self._kept[name] += tally.kept - earlier.kept
+            self._units[name] += tally.units - earlier.units
+
+    def densities(self) -> dict[str, float]:
+        """Parts that were kept; of what could not be skipped there is none."""
+        return {name: self._kept[name] / units for name, units in self._units.items() if units and name != "words"}
 
 
-def _copied(decoder: Decoder) -> dict[str, Any]:
-    import copy
-
-    return {name: copy.copy(tally) for name, tally in decoder.ops.counts().items()}
+def counted(decoder: Decoder) -> dict[str, Tally]:
+    """A copy of a table's counts."""
+    return {name: replace(tally) for name, tally in decoder.ops.counts().items()}
 
 
 def _decodes_only(decoder: Decoder) -> bool:

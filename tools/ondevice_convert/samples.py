@@ -57,8 +57,9 @@ def gather(
     watched = list(dict.fromkeys("heads" if place == "o" else place for place in places))
     step = max(1, -(-len(tokens) // most))
     kept: dict[str, list[NDArray[np.float16]]] = {place: [] for place in places}
-    for start in range(0, len(tokens), WINDOW):
-        window = tokens[start : start + WINDOW]
+    together = min(WINDOW, spec.context_length)
+    for start in range(0, len(tokens), together):
+        window = tokens[start : start + together]
         mine = range(-start % step, len(window), step)
         if not mine:
             continue
