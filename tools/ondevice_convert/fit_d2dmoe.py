@@ -14,7 +14,7 @@ from ondevice.checkpoint.base import Checkpoint
 from ondevice.checkpoint.quantization import Tensor
 from ondevice.commands.method_option import MethodOption
 from ondevice.errors import OptionError
-from ondevice.sparsity.d2dmoe import TAU, D2dmoe
+from ondevice.sparsity.d2dmoe import TAU, WIDTH, D2dmoe
 from ondevice_convert.block_data import BlockData, Progress, missed, part_of
 from ondevice_convert.blocks import Mask, border_at, judge
 from ondevice_convert.fitted import Fitted, LayerFit
@@ -78,7 +78,7 @@ def fit_d2dmoe(base: Checkpoint, samples: Samples, option: MethodOption, progres
             f"divisor of {spec.d_ff} between these"
         )
     tau, density = _aim(option)
-    width, order = option.whole("width", high=spec.d_ff), option.word("order", *ORDERS)
+    width, order = option.whole("width", high=max(WIDTH, spec.d_ff)), option.word("order", *ORDERS)
     steps = option.whole("steps", zero=True)
     found = _Found()
     for i in range(spec.n_layers):
@@ -160,7 +160,9 @@ def _router(data: BlockData, width: int, steps: int) -> Router:
     if steps:
         first, second = _descended(data, first, second, clip, steps)
     hidden = np.maximum(data.fit.x @ first.T, 0)
-    sizes = np.sqrt((hidden**2).mean(axis=0)) + np.float32(1e-6)
+    sizes = np.sqrt((hidden**2).mean(axis=0))
+    # Parts that hardly ever give anything stay small.
+    sizes = np.maximum(sizes, np.float32(1e-3) * sizes.max() + np.float32(1e-20))
     first, second = first / sizes[:, None], second * sizes
     # A token's predictions count as parts of each other only, so their size is free.
     return first.astype(np.float16), (second / max(float(np.abs(second).max()), 1e-20)).astype(np.float16)
@@ -192,7 +194,7 @@ def _closed_form(data: BlockData, width: int) -> tuple[Floats, Floats, float]:
     for clip in CLIPS:
         targets = _targets(fit.norms, clip)
         for ridge in RIDGES:
-            half, _ = of_rank(spectrum, targets, (width + 1) // 2, ridge)
+            half = _directions(spectrum, targets, (width + 1) // 2, ridge)
             first = np.concatenate([half, -half])[:width]
             hidden = Spectrum.of(np.maximum(fit.x @ first.T, 0), intercept=False)
             second, _ = linear(hidden, targets, SECOND_RIDGE)
@@ -201,6 +203,14 @@ def _closed_form(data: BlockData, width: int) -> tuple[Floats, Floats, float]:
                 best, least = (first, second, clip), found
     assert best is not None
     return best
+
+
+def _directions(spectrum: Spectrum, targets: Floats, count: int, ridge: float) -> Floats:
+    """Rows [count, d] that predict targets best; where there are fewer targets, then the main ones of the inputs."""
+    best, _ = of_rank(spectrum, targets, min(count, targets.shape[1]), ridge)
+    others = count - len(best)
+    main = (spectrum.directions / np.sqrt(spectrum.penalized(ridge))).T[::-1][:others]
+    return np.concatenate([best, main, np.zeros((others - len(main), best.shape[1]), np.float32)])
 
 
 def _descended(data: BlockData, first: Floats, second: Floats, clip: float, steps: int) -> tuple[Floats, Floats]:
