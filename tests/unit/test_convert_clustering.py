@@ -91,3 +91,11 @@ def test_progress_ends_at_its_end() -> None:
     seen: list[tuple[int, int, str]] = []
     balanced_clusters(planted(4, 8)[0], 8, lambda *said: seen.append(said))
     assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1]
+
+
+def test_rounds_make_clusters_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "EXACT_UP_TO", 0)
+    rows = np.random.default_rng(1).standard_normal((480, 8)).astype(np.float32)
+    many = likeness(rows, balanced_clusters(rows, 12), 12)
+    monkeypatch.setattr(clustering, "ROUNDS", 1)
+    assert many > 1.03 * likeness(rows, balanced_clusters(rows, 12), 12)

@@ -14,7 +14,7 @@ from ondevice.checkpoint.base import Checkpoint
 from ondevice.checkpoint.quantization import Tensor
 from ondevice.commands.method_option import MethodOption
 from ondevice.errors import OptionError
-from ondevice.sparsity.d2dmoe import TAU, D2dmoe
+from ondevice.sparsity.d2dmoe import TAU, WIDTH, D2dmoe
 from ondevice.spec import ModelSpec
 from ondevice_convert.block_data import BlockData, Progress, missed, part_of
 from ondevice_convert.blocks import Mask, border_at, judge
@@ -41,9 +41,9 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)
 SECOND_RIDGE = 1e-2
 JUDGED_AT = (0.3, 0.5, 0.7)
 """Densities at which routers are compared, since tau may be set later."""
-CLIPS = (1.25, 2.0, 4.0)
-"""Root mean squares of the lengths beyond which they count as no longer. A few positions have huge outputs, and how far
-above the others an expert lies matters less than that it does."""
+CLIP = 1.25
+"""Typical lengths beyond which lengths count as no longer. A few positions have huge outputs, and how far above the
+others an expert lies matters less than that it does."""
 RATE = 3e-4
 
 Router = tuple[NDArray[np.float16], NDArray[np.float16]]
@@ -67,7 +67,7 @@ def check_d2dmoe(option: MethodOption, spec: ModelSpec) -> None:
             f"divisor of {spec.d_ff} between these"
         )
     _aim(option)
-    option.whole("width", high=spec.d_ff)
+    option.whole("width", high=max(WIDTH, spec.d_ff))
     option.word("order", *ORDERS)
     option.whole("steps", zero=True)
 
@@ -89,7 +89,7 @@ def fit_d2dmoe(base: Checkpoint, samples: Samples, option: MethodOption, progres
     check_d2dmoe(option, spec)
     block = option.whole("block")
     tau, density = _aim(option)
-    width, order = option.whole("width", high=spec.d_ff), option.word("order", *ORDERS)
+    width, order = option.whole("width", high=max(WIDTH, spec.d_ff)), option.word("order", *ORDERS)
     steps = option.whole("steps", zero=True)
     found = _Found()
     for i in range(spec.n_layers):
@@ -167,18 +167,23 @@ def _predicted(x: Floats, router: Router) -> Floats:
 
 def _router(data: BlockData, width: int, steps: int) -> Router:
     """First [width, d] and second [experts, width], of values that float16 holds well."""
-    first, second, clip = _closed_form(data, width)
+    first, second = _closed_form(data, width)
     if steps:
-        first, second = _descended(data, first, second, clip, steps)
+        first, second = _descended(data, first, second, steps)
     hidden = np.maximum(data.fit.x @ first.T, 0)
-    sizes = np.sqrt((hidden**2).mean(axis=0)) + np.float32(1e-6)
+    sizes = np.sqrt((hidden**2).mean(axis=0))
+    # Parts that hardly ever give anything stay small.
+    sizes = np.maximum(sizes, np.float32(1e-3) * sizes.max() + np.float32(1e-20))
     first, second = first / sizes[:, None], second * sizes
     # A token's predictions count as parts of each other only, so their size is free.
     return first.astype(np.float16), (second / max(float(np.abs(second).max()), 1e-20)).astype(np.float16)
 
 
-def _targets(norms: Floats, clip: float) -> Floats:
-    targets: Floats = np.minimum(norms, np.float32(clip) * np.sqrt((norms**2).mean()))
+def _targets(norms: Floats) -> Floats:
+    """Lengths, the largest of them clipped."""
+    # Weighed by themselves: zeros, of which some models have many, have no say in what is typical.
+    typical = float((norms**2).sum(dtype=np.float64)) / max(float(norms.sum(dtype=np.float64)), 1e-20)
+    targets: Floats = np.minimum(norms, np.float32(CLIP * typical))
     return targets
 
 
@@ -188,39 +193,42 @@ def _missed(x: Floats, norms: Floats, first: Floats, second: Floats) -> float:
     return sum(missed(shares, norms, density) for density in JUDGED_AT)
 
 
-def _closed_form(data: BlockData, width: int) -> tuple[Floats, Floats, float]:
+def _closed_form(data: BlockData, width: int) -> tuple[Floats, Floats]:
     """Both signs of the directions that predict lengths best, and ridge regression on what relu makes of them.
 
     The two parts of a direction give its value as their difference, and as their sum its size, which the constant part
     of the lengths needs: the router has no bias.
-
-    Returns:
-        First, second, and which of `CLIPS` they were fitted with.
     """
-    fit, choose = data.fit, data.choose
+    fit, choose, targets = data.fit, data.choose, _targets(data.fit.norms)
     spectrum = Spectrum.of(fit.x)
     best, least = None, np.inf
-    for clip in CLIPS:
-        targets = _targets(fit.norms, clip)
-        for ridge in RIDGES:
-            half, _ = of_rank(spectrum, targets, (width + 1) // 2, ridge)
-            first = np.concatenate([half, -half])[:width]
-            hidden = Spectrum.of(np.maximum(fit.x @ first.T, 0), intercept=False)
-            second, _ = linear(hidden, targets, SECOND_RIDGE)
-            found = _missed(choose.x, choose.norms, first, second)
-            if best is None or found < least:
-                best, least = (first, second, clip), found
+    for ridge in RIDGES:
+        half = _directions(spectrum, targets, (width + 1) // 2, ridge)
+        first = np.concatenate([half, -half])[:width]
+        hidden = Spectrum.of(np.maximum(fit.x @ first.T, 0), intercept=False)
+        second, _ = linear(hidden, targets, SECOND_RIDGE)
+        found = _missed(choose.x, choose.norms, first, second)
+        if best is None or found < least:
+            best, least = (first, second), found
     assert best is not None
     return best
 
 
-def _descended(data: BlockData, first: Floats, second: Floats, clip: float, steps: int) -> tuple[Floats, Floats]:
+def _directions(spectrum: Spectrum, targets: Floats, count: int, ridge: float) -> Floats:
+    """Rows [count, d] that predict targets best; where there are fewer targets, then the main ones of the inputs."""
+    best, _ = of_rank(spectrum, targets, min(count, targets.shape[1]), ridge)
+    others = count - len(best)
+    main = (spectrum.directions / np.sqrt(spectrum.penalized(ridge))).T[::-1][:others]
+    return np.concatenate([best, main, np.zeros((others - len(main), best.shape[1]), np.float32)])
+
+
+def _descended(data: BlockData, first: Floats, second: Floats, steps: int) -> tuple[Floats, Floats]:
     """The router after gradient steps on the squared error of lengths."""
     fit, choose = data.fit, data.choose
     # Steps are of one size for all inputs, so these are made so too, but for those that hardly vary.
     scale = np.sqrt((fit.x**2).mean(axis=0))
     scale += np.float32(0.1) * scale.mean() + np.float32(1e-6)
-    targets = _targets(fit.norms, clip)
+    targets = _targets(fit.norms)
     size = np.float32(np.sqrt((targets**2).mean()) + 1e-20)
     loss, unseen = NormLoss(fit.x / scale, targets / size), choose.x / scale
     first, second = descend(

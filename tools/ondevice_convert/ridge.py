@@ -51,12 +51,15 @@ class Spectrum:
 
     def penalized(self, ridge: float) -> Floats:
         """Mean squares [k] with the penalty added."""
-        sizes: Floats = self.squares + np.float32(ridge * self.squares.sum() / max(1, self.x.shape[1]))
+        sizes: Floats = self.squares.copy()
+        sizes += np.float32(ridge * self.squares.sum() / self.x.shape[1])
         return sizes
 
     def towards(self, y: Floats) -> Floats:
         """Mean products [k, m] of the directions with targets y [n, m]."""
-        products: Floats = (self.x @ self.directions).T @ y / np.float32(len(y))
+        coordinates: Floats = self.x @ self.directions
+        products: Floats = coordinates.T @ y
+        products /= np.float32(len(y))
         return products
 
 
@@ -73,7 +76,8 @@ def linear(spectrum: Spectrum, y: Floats, ridge: float) -> tuple[Floats, Floats]
     """
     centre: Any = y.mean(axis=0) if spectrum.intercept else np.zeros(y.shape[1], np.float32)
     products = spectrum.towards(y - centre)
-    weight: Floats = (products / spectrum.penalized(ridge)[:, None]).T @ spectrum.directions.T
+    products /= spectrum.penalized(ridge)[:, None]
+    weight: Floats = products.T @ spectrum.directions.T
     return weight, centre - weight @ spectrum.mean
 
 
