@@ -168,3 +168,75 @@ def test_different_vocabularies_and_bad_texts_are_refused(tiny_path, tmp_path, t
     (tmp_path / "empty.txt").write_text("")
     refused = run(tiny_path, "--text", tmp_path / "empty.txt", "--backend", "reference")
     assert refused.exit_code == 1 and "0 tokens" in refused.stderr
+
+
+def paired(differences, tokens=None, seed=0):
+    """Scores of windows that differ by so much per token, on top of losses that differ far more between windows."""
+    random = np.random.default_rng(seed)
+    tokens = tokens or [100] * len(differences)
+    losses = random.uniform(1, 5, len(tokens)) * tokens
+    return Scores([Window(n, x + n * d, x) for n, x, d in zip(tokens, losses, differences)])
+
+
+def test_the_rise_is_of_the_perplexity():
+    scores = paired([0.01, 0.03, 0.02])
+    mine, other = (sum(getattr(w, name) for w in scores.windows) / 300 for name in ("nll", "other_nll"))
+    assert scores.rise == pytest.approx(math.exp(mine) / math.exp(other) - 1) == pytest.approx(math.exp(0.02) - 1)
+
+
+def test_the_bound_is_student_s_of_paired_differences():
+    differences = [0.01, 0.03, 0.02, 0.025]
+    upper = np.mean(differences) + 2.3533634 * np.std(differences, ddof=1) / 2  # of 3 degrees, 95 %
+    assert paired(differences).rise_upper() == pytest.approx(math.expm1(upper), rel=1e-6)
+    assert paired(differences).rise_upper(0.5) == pytest.approx(paired(differences).rise)
+    assert paired([0.02]).rise_upper() is None
+    assert paired([0.02, 0.02]).rise_upper() == pytest.approx(math.expm1(0.02))
+
+
+def test_long_windows_count_for_more_in_the_bound():
+    scores = paired([0.01, 0.05, 0.02], [1000, 10, 500])
+    mean = (10 + 0.5 + 10) / 1510
+    squares = sum((n * d - n * mean) ** 2 for n, d in zip((1000, 10, 500), (0.01, 0.05, 0.02)))
+    upper = mean + 2.9199856 * math.sqrt(1.5 * squares) / 1510
+    assert scores.rise_upper() == pytest.approx(math.expm1(upper), rel=1e-6)
+
+
+def test_the_bound_holds_as_often_as_it_says():
+    """Of 2000 texts of 6 windows whose true rise is known."""
+    random = np.random.default_rng(3)
+    held = [paired(random.normal(0.02, 0.01, 6), seed=i).rise_upper() >= math.expm1(0.02) for i in range(2000)]
+    assert 0.935 < np.mean(held) < 0.965
+
+
+@pytest.mark.parametrize("confidence", [0, 1, -0.5, float("nan")])
+def test_impossible_confidence_is_refused(confidence):
+    with pytest.raises(OptionError, match="confidence is"):
+        paired([0.01, 0.02]).rise_upper(confidence)
+
+
+def test_the_command_tells_the_rise(tiny_path, other_path, text):
+    args = [tiny_path, "--text", text, "--window", 40, "--tokens", 120, "--backend", "reference"]
+    report = json.loads(run(*args, "--against", other_path, "--json").stdout)
+    other = json.loads(run(other_path, *args[1:], "--json").stdout)
+    assert report["perplexity_rise"] == pytest.approx(report["perplexity"] / other["perplexity"] - 1)
+    assert report["perplexity_rise_upper95"] > report["perplexity_rise"]
+    assert other["perplexity_rise"] is other["perplexity_rise_upper95"] is None
+    assert report["ffn_density"] == report["head_density"] == report["input_density"] == report["word_density"] == 1
+    shown = run(*args, "--against", other_path).stdout
+    assert "% of perplexity (below " in shown and "with 95 % confidence" in shown and "kept" not in shown
+    args[4], args[6] = 60, 50
+    alone = json.loads(run(*args, "--against", tiny_path, "--json").stdout)
+    assert alone["windows"] == 1 and alone["perplexity_rise"] == 0 and alone["perplexity_rise_upper95"] is None
+    assert "(one window: no bound)" in run(*args, "--against", tiny_path).stdout
+
+
+def test_the_command_tells_what_was_kept(tmp_path, text):
+    spec = tiny_spec(vocab_size=VOCAB, activation="relu")
+    folder = tiny_checkpoint(
+        tmp_path / "cats", spec, config_extra={"sparsity": {"method": "cats", "thresholds": [0.0, 0.0, 0.0]}}
+    )
+    write_tokenizer(folder)
+    args = [folder, "--text", text, "--window", 40, "--tokens", 80, "--backend", "reference"]
+    report = json.loads(run(*args, "--json").stdout)
+    assert 0.3 < report["ffn_density"] < 0.7 and report["input_density"] == 1
+    assert f"kept        {100 * report['ffn_density']:.1f} % of ffn" in run(*args).stdout

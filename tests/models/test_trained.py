@@ -1,0 +1,70 @@
+"""Models that the tests train themselves: good enough on unseen text, most of their neurons zero, and skipped so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ondevice.checkpoint import open_checkpoint
+from ondevice.decoder import Decoder
+from ondevice.model import load, op_table
+from ondevice.sparsity.settings import SparsitySettings
+from ondevice.sparsity.threshold import Cats
+from ondevice_convert.changed import Changed
+from ondevice_convert.neurons import Neurons
+from ondevice_eval.evaluation import evaluate
+from tests.trained import CONTEXT, VOCAB
+
+pytestmark = pytest.mark.judge
+TOKENS = 4 * CONTEXT
+KINDS = ("gated", "plain")
+
+
+def unigram_perplexity(model, given) -> float:
+    """Of the held-out text, by how often tokens are in the text that was trained on."""
+    seen, held_out = (model.tokenizer.encode(text, add_special=False) for text in (given.seen, given.held_out))
+    counts = np.bincount(seen, minlength=VOCAB) + 1
+    return float(np.exp(-np.log(counts / counts.sum())[held_out[:TOKENS]].mean()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_perplexity_of_unseen_text(trained_relu, kind):
+    given = trained_relu(kind)
+    assert len(given.held_out) > 20_000 and given.held_out not in given.seen
+    models = [load(given.folder, backend=backend) for backend in ("reference", "cpu")]
+    ids = models[0].tokenizer.encode(given.held_out, add_special=False)[:TOKENS]
+    reference, cpu = (evaluate(model.decoder, ids, CONTEXT) for model in models)
+    assert 5 < np.exp(reference.nll) < 0.25 * unigram_perplexity(models[0], given)
+    assert cpu.nll == pytest.approx(reference.nll, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_most_neurons_are_zero(trained_relu, kind):
+    given = trained_relu(kind)
+    with open_checkpoint(given.folder) as checkpoint:
+        decoder, layers = Decoder(checkpoint, op_table("cpu", None, None)), range(checkpoint.spec.n_layers)
+        ids = checkpoint.tokenizer().encode(given.held_out, add_special=False)[:CONTEXT]
+        (inputs,) = decoder.watch(ids, ["ffn"], layers)
+        zeros = []
+        for i in layers:
+            factors = Neurons.of(checkpoint, i).factors(inputs[:, i])
+            zeros.append(float(np.mean(np.prod(factors, axis=0) == 0)))
+    assert min(zeros) > 0.6 and np.mean(zeros) > 0.85
+
+
+def test_skipping_the_zeros_changes_nothing(trained_relu):
+    """And the engine counts as many as there are."""
+    given = trained_relu("gated")
+    with open_checkpoint(given.folder) as checkpoint:
+        dense = Decoder(checkpoint, op_table("cpu", None, None))
+        cats = Cats((0.0,) * checkpoint.spec.n_layers)
+        changed = Changed(checkpoint, dataclasses.replace(checkpoint.spec, sparsity=cats))
+        sparse = Decoder(changed, op_table("cpu", None, None), settings=SparsitySettings(plan="sparse"))
+        ids = checkpoint.tokenizer().encode(given.held_out, add_special=False)[:CONTEXT]
+    assert cats.kind(sparse.spec) == "exact"
+    scores = evaluate(sparse, ids, CONTEXT, dense, by_token=True)
+    assert abs(scores.kl) < 1e-6 and abs(scores.rise) < 1e-4
+    tally = sparse.ops.counts()["ffn"]
+    assert 0 < tally.kept < 0.2 * tally.units
