@@ -93,7 +93,7 @@ def test_models_that_cannot_be_rounded(tmp_path):
 
 def unit(name, *costs, weights=100):
     bits = (4, 5, 6, 8)
-    return Unit((name,), dict(zip(bits, costs)), {b: b * weights for b in bits})
+    return Unit((name,), dict(zip(bits, costs)), {b: (b + 1) * weights for b in bits})
 
 
 def test_bits_go_where_they_help_most():
@@ -169,7 +169,7 @@ def test_rounded_sources_cost_nothing_where_they_are_kept(tmp_path):
     costs = {u.names: u for u in measure_sensitivity(source, sampled(source), 32).units}
     qkv = costs[tuple(f"layers.0.{name}.weight" for name in "qkv")]
     weights = matrices(source.spec)
-    assert qkv.code_bits[8] == 4 * weights["layers.0.q.weight"] + (8 + 5) * weights["layers.0.k.weight"]
+    assert qkv.sizes[8] == 5 * weights["layers.0.q.weight"] + (9 + 6) * weights["layers.0.k.weight"]
     assert qkv.costs[4] > 0 and qkv.costs[8] > 0
 
 

@@ -43,6 +43,11 @@ class Stored:
             return self.bits if self.group_size in GROUP_SIZES else FINEST[0]
         return 32 if self.dtype == "float32" else 16
 
+    @property
+    def kept_group(self) -> int:
+        """Its group size then."""
+        return self.group_size if self.group_size in GROUP_SIZES else FINEST[1]
+
 
 def matrices(spec: ModelSpec) -> dict[str, int]:
     """Weights of each matrix that can be rounded, by canonical name."""

@@ -22,6 +22,8 @@ PLACES = ("attention", "heads", "ffn")
 """Of `Decoder.watch`: what must be sampled."""
 MOST = 128
 """Samples of a layer that are looked at."""
+SCALE_BITS = 32
+"""Of a group's scale and bias."""
 ROWS = 512
 """Outputs of a matrix that are looked at, spread evenly."""
 
@@ -33,12 +35,12 @@ class Unit:
     Args:
         names: canonical.
         costs: by bits: square of the error in the residual stream, relative to the stream's.
-        code_bits: by bits: of all codes.
+        sizes: by bits: bits that all of it takes, with scales.
     """
 
     names: tuple[str, ...]
     costs: Mapping[int, float]
-    code_bits: Mapping[int, int]
+    sizes: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +55,21 @@ class Sensitivity:
         """Bits of each matrix: as few as can be, then more where that takes away most error for each bit spent.
 
         Args:
-            average: bits of a weight's code that are not exceeded on average, if the fewest possible do not already.
+            average: bits of a weight's code, on average, whose bytes, with scales of the measured group size, are not
+                exceeded; unless the fewest possible do already.
 
         Returns:
             By canonical name.
         """
         at = [0] * len(self.units)
-        left = average * self.weights - sum(unit.code_bits[BITS[0]] for unit in self.units)
+        left = (average + SCALE_BITS / self.group_size) * self.weights - sum(u.sizes[BITS[0]] for u in self.units)
         open_ones = set(range(len(self.units)))
         while open_ones:
             best, best_gain, best_price = -1, 0.0, 0
             for i in sorted(open_ones):
                 unit, now = self.units[i], BITS[at[i]]
                 for more in BITS[at[i] + 1 :]:
-                    price = unit.code_bits[more] - unit.code_bits[now]
+                    price = unit.sizes[more] - unit.sizes[now]
                     if 0 < price <= left and (gain := (unit.costs[now] - unit.costs[more]) / price) > best_gain:
                         best, best_gain, best_price = i, gain, price
                         target = more
@@ -149,7 +152,7 @@ class _Look:
         self.source, self.group_size = source, group_size
 
     def unit(self, modules: tuple[str, ...], inputs: Floats | None, share: float) -> Unit:
-        costs, code_bits = dict.fromkeys(BITS, 0.0), dict.fromkeys(BITS, 0)
+        costs, sizes = dict.fromkeys(BITS, 0.0), dict.fromkeys(BITS, 0)
         names = tuple(f"{module}.weight" for module in modules)
         for name in names:
             stored, weights = stored_form(self.source, name), matrices(self.source.spec)[name]
@@ -157,11 +160,12 @@ class _Look:
             whole = _squares(rows, inputs)
             for bits in BITS:
                 kept = 0 < stored.bits < bits or (stored.bits, stored.group_size) == (bits, self.group_size)
-                code_bits[bits] += weights * (stored.kept_bits if kept else bits)
+                form = (stored.kept_bits, stored.kept_group) if kept else (bits, self.group_size)
+                sizes[bits] += weights * form[0] + weights // form[1] * SCALE_BITS
                 if whole and not kept:
                     difference = rows - dequantize(rounded(rows, bits, self.group_size))
                     costs[bits] += share * _squares(difference, inputs) / whole
-        return Unit(names, costs, code_bits)
+        return Unit(names, costs, sizes)
 
     def energy(self, name: str, inputs: Floats | None) -> float:
         """Mean square length of a matrix' output, estimated."""
