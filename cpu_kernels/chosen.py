@@ -95,6 +95,14 @@ def _union(masks, rows, each, word):
 
 
 @numba.njit(error_model="numpy")
+def _neurons_of_rows(masks, rows, each, block):
+    selected = 0
+    for at in range(0, rows * each, 8):
+        selected += popcount(i64_at(masks + at))
+    return selected * block
+
+
+@numba.njit(error_model="numpy")
 def make_table(table, masks, rows, block, neurons, positions, statistics):
     """Makes the table of all neurons that any of the masks selects.
 
@@ -102,7 +110,7 @@ def make_table(table, masks, rows, block, neurons, positions, statistics):
         masks: rows of bits of blocks.
         block: neurons of a block: 1, or a multiple of 32.
         positions: address of POSITIONS.
-        statistics: address of 3 int64, to which entries, neurons and 1 are added; or 0.
+        statistics: address of 5 int64, to which entries, neurons, 1, the neurons of each row and rows are added; or 0.
     """
     groups, each = (neurons + 31) >> 5, 8 * words((neurons + block - 1) // block)
     n, total = 0, 0
@@ -129,6 +137,11 @@ def make_table(table, masks, rows, block, neurons, positions, statistics):
         set_i64(statistics, i64_at(statistics) + n)
         set_i64(statistics + 8, i64_at(statistics + 8) + total)
         set_i64(statistics + 16, i64_at(statistics + 16) + 1)
+        own = total
+        if rows > 1:
+            own = _neurons_of_rows(masks, rows, each, block)
+        set_i64(statistics + 24, i64_at(statistics + 24) + own)
+        set_i64(statistics + 32, i64_at(statistics + 32) + rows)
 
 
 @numba.njit(error_model="numpy")

@@ -229,7 +229,7 @@ def record_table(
     Args:
         own: whether a mask of neurons is wanted with it. There is one in any case if units are blocks that are not
             whole groups, or neurons.
-        statistics: int64 [3], to which each step adds entries, neurons and 1.
+        statistics: int64 [5], to which each step adds entries, neurons, 1, the neurons of each row, and rows.
     """
     neurons, program = selection.neurons, recording.program
     memory = Block(program.memory, chosen.table_bytes(neurons))

@@ -51,7 +51,7 @@ BLOCK = 32
 
 @dataclass(slots=True)
 class _Counted:
-    """What a kernel counts of one layer's tables: entries, neurons, tables.
+    """What a kernel counts of one layer's tables: entries, neurons, tables, neurons of each token, tokens.
 
     Args:
         kind: of the tally that it belongs to.
@@ -62,7 +62,7 @@ class _Counted:
     kind: str
     units: int
     unit_bytes: float
-    numbers: NDArray[np.int64] = field(default_factory=lambda: np.zeros(3, np.int64))
+    numbers: NDArray[np.int64] = field(default_factory=lambda: np.zeros(5, np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +117,12 @@ class CpuSkipping(SkippingOps):
         kinds = ("ffn", "inputs", "heads", "keys", "words")
         tallies = {kind: replace(self._of_runs.get(kind, Tally())) for kind in kinds}
         for counted in self._counted:
-            tally, (_, kept, tables) = tallies[counted.kind], (int(n) for n in counted.numbers)
-            units = counted.units * tables
+            tally, (_, read, tables, kept, tokens) = tallies[counted.kind], (int(n) for n in counted.numbers)
             tally.calls += tables
             tally.sparse += tables
             tally.kept += kept
-            tally.units += units
-            tally.bytes_skipped += round((units - kept) * counted.unit_bytes)
+            tally.units += counted.units * tokens
+            tally.bytes_skipped += round((counted.units * tables - read) * counted.unit_bytes)
         if self._sketch is not None:
             tallies["words"] = self._sketch.tally()
         return tallies

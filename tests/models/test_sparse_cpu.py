@@ -95,3 +95,20 @@ def test_a_batch_equals_its_rows_to_the_bit(name: str) -> None:
     together = batch_logits(decoder, LENGTHS)
     for row, length in enumerate(LENGTHS):
         assert np.array_equal(together[:, row : row + 1], batch_logits(decoder, [length], first=row)), row
+
+
+@pytest.mark.parametrize("name", ["cats", "lte", "lte_single_neurons", "teal_gate", "d2dmoe"])
+def test_each_token_counts_what_it_keeps_itself(name: str) -> None:
+    spec = sparse_spec(name)
+    tensors = sparse_tensors(spec)
+    kept = []
+    for ops in (CpuOps(2), HalfCacheOps()):
+        decoder = make_decoder(spec, tensors, ops)
+        cache = decoder.new_cache(1, len(IDS))
+        for _ in decoder.prefill(IDS.tolist(), cache, all_logits=True):  # all in one step
+            pass
+        counts = decoder.ops.counts()
+        kept.append({kind: (counts[kind].kept, counts[kind].units) for kind in spec.sparsity.skips})
+    for kind, (mine, units) in kept[0].items():
+        assert units == kept[1][kind][1] and 0 < mine < units
+        assert abs(mine - kept[1][kind][0]) <= 0.01 * units

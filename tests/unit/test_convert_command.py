@@ -91,7 +91,7 @@ def test_methods(sparsity: str, model: Path, text: Path, tmp_path: Path) -> None
 
 
 def test_tau_0_of_experts_is_the_dense_model(model: Path, text: Path, tmp_path: Path) -> None:
-    converted(tmp_path, model, "--sparsity", "d2dmoe:tau=0.3,block=8,width=8,steps=0", "--text", text)
+    converted(tmp_path, model, "--sparsity", "d2dmoe:tau=0.3,block=16,width=8,steps=0", "--text", text)
     result = CliRunner().invoke(
         cli,
         [
@@ -121,7 +121,7 @@ def test_neurons_in_another_order_lose_only_rounding(model: Path, text: Path, tm
     args = ("--sparsity", "lte:density=0.5,block=32,steps=0", "--bits", 8, "--group-size", 32, "--text", text)
     report = converted(tmp_path, model, *args)
     quality = report["quality"]
-    assert 0 < quality["all neurons in the new order, unseen text"]["kl"] < 1e-3
+    assert 0 < quality["all neurons in the new order, unseen text"]["kl"] < 3e-3
     assert 0 < quality["rounded, over the source, unseen text"]["kl"] < 1e-2
 
 
@@ -145,9 +145,9 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "budget of a method": (["--sparsity", "lte", "--budget", "1%"], "drop one of them"),
     "budget": (["--budget", "2"], "'2' is no percentage"),
     "group without bits": (["--group-size", "32"], "add --bits"),
-    "bits": (["--bits", "3"], "3"),
-    "group size": (["--bits", "4", "--group-size", "128"], "128"),
-    "tokens": (["--sparsity", "cats", "--tokens", "7"], "7"),
+    "bits": (["--bits", "3"], "3.0 is not in the range"),
+    "group size": (["--bits", "4", "--group-size", "128"], "group size 128: this model can have 32"),
+    "tokens": (["--sparsity", "cats", "--tokens", "7"], "7 is not in the range"),
     "keys of auto": (["--sparsity", "auto:density=1"], "auto has no keys"),
 }
 
@@ -162,26 +162,26 @@ def test_bad_options_are_refused_before_any_work(
     monkeypatch.setattr("ondevice_convert.trial.op_table", work)
     args, message = BAD[name]
     result = run(model, "-o", tmp_path / "made", "--text", text, *args)
-    assert result.exit_code in (1, 2) and message in f"{result.output} {result.exception}"
+    assert result.exit_code in (1, 2) and message in result.output
     assert not list(tmp_path.iterdir())
 
 
 def test_what_exists_is_not_overwritten(model: Path, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     result = run(model, "-o", tmp_path / "made", "--bits", "4")
-    assert "exists already" in str(result.exception) and not list((tmp_path / "made").iterdir())
+    assert "exists already" in result.output and not list((tmp_path / "made").iterdir())
 
 
 def test_a_model_that_skips_already_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     converted(tmp_path, model, "--sparsity", "cats:density=0.7", "--text", text, "--tokens", 3000)
     result = run(tmp_path / "made", "-o", tmp_path / "again", "--bits", "4", "--group-size", "32")
-    assert "skips work already, by cats; convert the dense model" in str(result.exception)
+    assert "skips work already, by cats; convert the dense model" in result.output
 
 
 def test_a_full_disk_leaves_nothing_behind(model: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     result = run(model, "-o", tmp_path / "made", "--bits", "4", "--group-size", "32")
-    assert "free some space" in str(result.exception) and not list(tmp_path.iterdir())
+    assert "free some space" in result.output and not list(tmp_path.iterdir())
 
 
 def test_bytes_of_the_same_job_are_the_same(model: Path, text: Path, tmp_path: Path) -> None:

@@ -48,7 +48,11 @@ class Percent(click.ParamType[float]):
     help="UTF-8 text like what the model will be used for.  [default: the model writes one]",
 )
 @click.option(
-    "--tokens", default=100_000, show_default=True, help="Of the text to calibrate on, spread evenly over it."
+    "--tokens",
+    type=click.IntRange(1024),
+    default=100_000,
+    show_default=True,
+    help="Of the text to calibrate on, spread evenly over it.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option("-t", "--threads", type=click.IntRange(1), envvar="ONDEVICE_THREADS", help="Of the CPU backend.")

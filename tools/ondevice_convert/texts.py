@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ondevice.errors import OndeviceError, OptionError
+from ondevice.errors import OndeviceError
 
 if TYPE_CHECKING:
     from ondevice.model import Model
@@ -138,8 +138,6 @@ def _sampled(model: Model, starts: list[int], length: int, seed: int) -> list[in
 
 
 def _parts(ids: list[int], most: int, context: int, origin: str, sha256: str) -> Texts:
-    if most < LEAST // 2:
-        raise OptionError(f"--tokens {most}: too few to fit on; give {LEAST // 2} or more")
     apart = min(UNSEEN, len(ids) // 6)
     window = max(32, min(WINDOW, context, apart // WINDOWS))
     apart -= apart % window
