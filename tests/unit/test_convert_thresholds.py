@@ -17,9 +17,9 @@ from ondevice_convert.fit_threshold import (
     CATS_PLACES,
     TEAL_KEYS,
     TEAL_PLACES,
-    cats_losses,
     fit_cats,
     fit_cats_layers,
+    fit_cats_plans,
     fit_exact,
     fit_teal,
 )
@@ -27,6 +27,13 @@ from ondevice_convert.judged import judge
 from ondevice_convert.neurons import Neurons
 from ondevice_convert.samples import Samples
 from tests.converting import ffn_inputs, option, random_tokens, tiny_model, watched
+
+
+def cats_losses(base, samples, densities, first="best"):
+    """Of each layer a number for each of the densities."""
+    losses = {density: [] for density in densities}
+    fit_cats_plans(base, samples, [], first, losses=losses)
+    return [list(row) for row in zip(*losses.values())]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ondevice.decoder import Decoder
 from ondevice.sparsity.break_even import MARGINS
 from ondevice_convert.allocation import DENSE, LayerChoices, allocate, interpolated
-from ondevice_convert.fit_threshold import cats_losses, fit_cats_layers, fit_exact
+from ondevice_convert.fit_threshold import fit_cats_layers, fit_cats_plans, fit_exact
 from ondevice_convert.fitted import Fitted
 from ondevice_convert.layer_costs import layer_costs
 from ondevice_convert.quality import Quality
@@ -27,7 +27,7 @@ REFERENCE = 0.5
 """Density at which each layer's cost is measured; at others it follows the part of the output that is lost."""
 CURVE = (0.9, 0.7, 0.5, 0.3)
 COST_TOKENS = 512
-TUNING_WINDOWS = 8
+TUNING_WINDOWS, CURVE_WINDOWS = 8, 4
 TRIES = 6
 FIRST_SHARE, BACK_OFF = 0.8, 0.6
 """Part of the budget that layers get at first, since their costs only roughly add up, and of that at each new try."""
@@ -154,17 +154,19 @@ class Budget:
         if not trial.base.spec.gated:
             self.notes.append("single neurons chosen by one of their factors: refused, the FFN has no gate")
             return []
-        middle = fit_cats_layers(trial.base, self.samples, [REFERENCE] * n_layers, progress=trial.progress)
+        losses: dict[float, list[float]] = {density: [] for density in (REFERENCE, *DENSITIES)}
+        plans = [[density] * n_layers for density in (REFERENCE, *CURVE)]
+        middle, *fits = fit_cats_plans(trial.base, self.samples, plans, progress=trial.progress, losses=losses)
         ratios = trial.ratios(middle)
         skipping = trial.decoder(middle)
         some = self._tuning[: min(COST_TOKENS, trial.base.spec.context_length)]
         costs = layer_costs(trial.dense, skipping, some, trial.progress)
         del skipping
-        lost = cats_losses(trial.base, self.samples, (REFERENCE, *DENSITIES), progress=trial.progress)
-        self._draw(ratios)
+        self._draw(fits)
         layers = []
-        for cost, parts, times in zip(costs, lost, ratios):
-            kinds = [cost * part / max(parts[0], 1e-12) for part in parts[1:]]
+        for i, (cost, times) in enumerate(zip(costs, ratios)):
+            part = cost / max(losses[REFERENCE][i], 1e-12)
+            kinds = [part * losses[density][i] for density in DENSITIES]
             layers.append(LayerChoices(DENSITIES, kinds, [_gain(times, density) for density in DENSITIES]))
         paying = sum(max(layer.gains) > 0 for layer in layers)
         if not paying:
@@ -188,13 +190,12 @@ class Budget:
             share *= BACK_OFF
         return None
 
-    def _draw(self, ratios: Sequence[dict[float, float] | None]) -> None:
-        """The curve of quality and speed over density."""
-        trial, n_layers = self.trial, self.trial.base.spec.n_layers
-        fits = [fit_cats_layers(trial.base, self.samples, [density] * n_layers) for density in CURVE]
-        decoders = [trial.decoder(fitted) for fitted in fits]
-        qualities = trial.quality(decoders, self._tuning[: 4 * self.texts.window], self.texts.window, "over density")
-        speeds = trial.speeds(decoders)[1:]
+    def _draw(self, fits: Sequence[Fitted]) -> None:
+        """The curve of quality and speed over density, of models with all layers at the densities of `CURVE`."""
+        decoders = [self.trial.decoder(fitted) for fitted in fits]
+        some = self._tuning[: CURVE_WINDOWS * self.texts.window]
+        qualities = self.trial.quality(decoders, some, self.texts.window, "over density")
+        speeds = self.trial.speeds(decoders)[1:]
         self.curve = tuple(Point(*found) for found in zip(CURVE, qualities, speeds))
 
 

@@ -17,6 +17,8 @@ from ondevice_convert.samples import Samples
 PUBLISHED = "published"
 BEST = "best"
 FIRSTS = (BEST, *FACTORS, PUBLISHED)
+SAMPLES = 3072
+"""That a layer is looked at on: a threshold is one number out of millions of magnitudes."""
 LOOKED_AT = 512
 """Samples that a curve of losses is computed on."""
 
@@ -32,7 +34,7 @@ class CatsLayer:
 
     def __init__(self, base: Checkpoint, samples: Samples, layer: int) -> None:
         self.layer, self.neurons = layer, Neurons.of(base, layer)
-        fitted_on, held_out = apart(samples, "ffn", layer, base.spec.d_ff)
+        fitted_on, held_out = apart(samples, "ffn", layer, base.spec.d_ff, SAMPLES)
         self._fit, self._held_out = (self._factors(x) for x in (fitted_on, held_out))
         reach = self.neurons.reach
         self.weights: dict[str, Floats] = {

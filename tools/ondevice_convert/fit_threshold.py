@@ -6,10 +6,12 @@ Source: CATS (Lee et al. 2024), section 3; TEAL (Liu et al. 2024), section 4.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ondevice.checkpoint.base import Checkpoint
+from ondevice.checkpoint.quantization import Tensor
 from ondevice.commands.method_option import MethodOption
 from ondevice.errors import OptionError
 from ondevice.sparsity.threshold import LINEARS, Cats, Teal
@@ -75,44 +77,67 @@ def fit_cats_layers(
     Raises:
         OptionError: no gate, bad densities, or too few samples.
     """
-    spec = base.spec
-    _check_gate(spec)
-    if len(densities) != spec.n_layers or not all(0 < density <= 1 for density in densities):
-        raise OptionError(f"cats: densities {list(densities)}; give {spec.n_layers} numbers above 0, up to 1")
-    thresholds, firsts, added, fits = [], [], {}, []
-    for i, density in enumerate(densities):
-        _say(progress, i, spec, "thresholds of cats")
-        layer = CatsLayer(base, samples, i)
-        chosen = layer.better(density) if first == BEST else first
-        thresholds.append(layer.threshold(chosen, density))
-        fits.append(layer.judge(chosen, thresholds[-1]))
-        if first != PUBLISHED:
-            firsts.append(chosen)
-            added[f"layers.{i}.ffn_router.weight"] = layer.weights[chosen]
-    _say(progress, spec.n_layers, spec, "thresholds of cats")
-    method = Cats(tuple(thresholds), tuple(firsts) if firsts else None, densities=_densities(fits, spec.d_ff))
-    return Fitted(method, added, layers=tuple(fits))
+    return fit_cats_plans(base, samples, [densities], first, progress)[0]
 
 
-def cats_losses(
-    base: Checkpoint, samples: Samples, densities: Sequence[float], first: str = BEST, progress: Progress = None
-) -> list[list[float]]:
-    """Part of each layer's FFN output (its square) that CATS loses at each of several densities.
+def fit_cats_plans(
+    base: Checkpoint,
+    samples: Samples,
+    plans: Sequence[Sequence[float]],
+    first: str = BEST,
+    progress: Progress = None,
+    losses: dict[float, list[float]] | None = None,
+) -> list[Fitted]:
+    """CATS for several choices of densities, with one look at each layer.
 
     Args:
         base, samples, first, progress: as of `fit_cats`.
-        densities: above 0, up to 1.
+        plans: each with a density for each layer, as of `fit_cats_layers`.
+        losses: for each density that it has as a key, gets the part of each layer's output (its square) that is lost
+            there.
 
-    Returns:
-        Of each layer a number for each of the densities.
+    Raises:
+        OptionError: no gate, bad densities, or too few samples.
     """
-    _check_gate(base.spec)
-    curves = []
-    for i in range(base.spec.n_layers):
-        _say(progress, i, base.spec, "losses of cats")
-        curves.append(CatsLayer(base, samples, i).lost(first, densities))
-    _say(progress, base.spec.n_layers, base.spec, "losses of cats")
-    return curves
+    spec = base.spec
+    _check_gate(spec)
+    for plan in plans:
+        if len(plan) != spec.n_layers or not all(0 < density <= 1 for density in plan):
+            raise OptionError(f"cats: densities {list(plan)}; give {spec.n_layers} numbers above 0, up to 1")
+    made = [_Cats() for _ in plans]
+    for i in range(spec.n_layers):
+        _say(progress, i, spec, "thresholds of cats")
+        layer = CatsLayer(base, samples, i)
+        for plan, own in zip(plans, made):
+            own.add(layer, first, plan[i])
+        if losses is not None:
+            for density, lost in zip(losses, layer.lost(first, list(losses))):
+                losses[density].append(lost)
+    _say(progress, spec.n_layers, spec, "thresholds of cats")
+    return [own.fitted(spec) for own in made]
+
+
+@dataclass(slots=True)
+class _Cats:
+    """Layers of one model, as they are fitted."""
+
+    thresholds: list[float] = field(default_factory=list)
+    firsts: list[str] = field(default_factory=list)
+    added: dict[str, Tensor] = field(default_factory=dict)
+    fits: list[LayerFit] = field(default_factory=list)
+
+    def add(self, layer: CatsLayer, first: str, density: float) -> None:
+        chosen = layer.better(density) if first == BEST else first
+        self.thresholds.append(layer.threshold(chosen, density))
+        self.fits.append(layer.judge(chosen, self.thresholds[-1]))
+        if first != PUBLISHED:
+            self.firsts.append(chosen)
+            self.added[f"layers.{layer.layer}.ffn_router.weight"] = layer.weights[chosen]
+
+    def fitted(self, spec: ModelSpec) -> Fitted:
+        densities = _densities(self.fits, spec.d_ff)
+        method = Cats(tuple(self.thresholds), tuple(self.firsts) or None, densities=densities)
+        return Fitted(method, self.added, layers=tuple(self.fits))
 
 
 def fit_teal(base: Checkpoint, samples: Samples, option: MethodOption, progress: Progress = None) -> Fitted:

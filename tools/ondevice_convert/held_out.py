@@ -18,13 +18,14 @@ VALUES = 1 << 26
 """Values that are made of a layer's samples at most, in any one array: 256 MiB."""
 
 
-def apart(samples: Samples, place: str, layer: int, width: int) -> tuple[Floats, Floats]:
+def apart(samples: Samples, place: str, layer: int, width: int, most: int | None = None) -> tuple[Floats, Floats]:
     """Samples of a layer to fit on, and those held out. Two places of one width give the same positions.
 
     Args:
         samples: of the text.
         place, layer: of `Samples.of`.
         width: of the widest thing that the caller makes of each sample; wide layers get fewer samples.
+        most: samples, of both together.
 
     Returns:
         float32 [n, d] and [m, d], in the text's order.
@@ -32,7 +33,8 @@ def apart(samples: Samples, place: str, layer: int, width: int) -> tuple[Floats,
     Raises:
         OptionError: too few samples.
     """
-    x = samples.of(place, layer, max(FEWEST, VALUES // width))
+    room = max(FEWEST, VALUES // width)
+    x = samples.of(place, layer, room if most is None else min(most, room))
     if len(x) < FEWEST:
         raise OptionError(f"the text gives {len(x)} samples; a calibration needs at least {FEWEST}: give a longer text")
     held_out = len(x) // FIFTH
