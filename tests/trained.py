@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from ondevice.machine import default_threads
 
 VOCAB, CONTEXT = 1024, 256
-STEPS, BATCH, RATE, WARM = 300, 2, 1.4e-3, 0.08
+STEPS, BATCH, RATE, WARM = 420, 2, 1.2e-3, 0.08
 """Of training: windows of CONTEXT tokens in a step; the rate rises over the first part of the steps, then falls."""
-PENALTY = 1.2
+PENALTY = 0.8
 """Weight of the activations' mean size beside the loss."""
 HELD_OUT = 0.08
 """Part of the text that nothing is trained on: its end."""

@@ -18,7 +18,7 @@ from ondevice_eval.evaluation import evaluate
 from tests.trained import CONTEXT, VOCAB
 
 pytestmark = pytest.mark.judge
-TOKENS = 4 * CONTEXT
+TOKENS = 2 * CONTEXT
 KINDS = ("gated", "plain")
 
 
@@ -36,7 +36,7 @@ def test_perplexity_of_unseen_text(trained_relu, kind):
     models = [load(given.folder, backend=backend) for backend in ("reference", "cpu")]
     ids = models[0].tokenizer.encode(given.held_out, add_special=False)[:TOKENS]
     reference, cpu = (evaluate(model.decoder, ids, CONTEXT) for model in models)
-    assert 5 < np.exp(reference.nll) < 0.25 * unigram_perplexity(models[0], given)
+    assert 5 < np.exp(reference.nll) < unigram_perplexity(models[0], given) / 3
     assert cpu.nll == pytest.approx(reference.nll, abs=2e-3)
 
 
