@@ -118,7 +118,9 @@ class Decoder:
         step = Step(np.asarray(tokens, np.int32), index, np.zeros_like(index), index)
         return self.ops.run(step, cache, lambda s: self._state(s, cache, 0), "states")
 
-    def watch(self, tokens: Sequence[int], places: Sequence[str], layers: Sequence[int]) -> list[NDArray[np.float32]]:
+    def watch(
+        self, tokens: Sequence[int], places: Sequence[str], layers: Sequence[int], cache: KVCache | None = None
+    ) -> list[NDArray[np.float32]]:
         """What passes some places of some layers when a new sequence runs, as in a prompt.
 
         Args:
@@ -126,11 +128,13 @@ class Decoder:
             places: any of "attention" (its normed input), "heads" (its output, before the projection) and "ffn" (its
                 normed input).
             layers: their numbers, ascending.
+            cache: of one slot, for this alone; with one and the same, calls are prepared once.
 
         Returns:
             For each of the places float32 [N, layers, width].
         """
-        cache = self.new_cache(1, len(tokens))
+        cache = cache or self.new_cache(1, len(tokens))
+        cache.truncate(0, 0)
         cache.reserve(0, len(tokens))
         index = np.arange(len(tokens), dtype=np.int32)
         seen: dict[tuple[str, int], Array] = {}
@@ -144,7 +148,7 @@ class Decoder:
             return self.ops.join([seen[place, i] for place in places for i in layers])
 
         step = Step(np.asarray(tokens, np.int32), index, np.zeros_like(index), index)
-        joined = self.ops.run(step, cache, body, "watch")
+        joined = self.ops.run(step, cache, body, f"watch {places} {layers}")
         heads = self.spec.n_heads * self.spec.head_dim
         widths = [heads if place == "heads" else self.spec.d_model for place in places]
         ends = np.cumsum([width * len(layers) for width in widths])

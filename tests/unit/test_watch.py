@@ -105,3 +105,12 @@ def test_a_sequence_under_way_is_not_touched(decoder):
     alone = decoder.new_cache(1, len(IDS))
     want = [np.concatenate(list(decoder.prefill(ids, alone, all_logits=True))) for ids in (IDS[:10], IDS[10:])]
     assert np.array_equal(half, want[0]) and np.array_equal(rest, want[1])
+
+
+def test_a_cache_of_its_own_changes_nothing(decoder):
+    cache = decoder.new_cache(1, 32)
+    for ids in (IDS, IDS[:5], IDS[::-1], IDS):
+        for places in (("ffn",), ("ffn", "heads")):
+            kept = decoder.watch(ids, places, [0, 2], cache)
+            fresh = decoder.watch(ids, places, [0, 2])
+            assert all(np.array_equal(a, b) for a, b in zip(kept, fresh))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ondevice.decoder import Decoder
 from ondevice.layer import Layer
-from ondevice_eval.scores import log_softmax
+from ondevice_eval.scores import Window
 
 Progress = Callable[[int, int, str], None]
 
@@ -34,11 +34,11 @@ def layer_costs(
         skipping: the same with all layers skipping, packed by the same table.
         tokens: some hundred, read as one prompt.
     """
-    wanted = log_softmax(_logits(dense, tokens))
-    weights, costs = np.exp(wanted), np.zeros(len(dense.layers))
+    wanted, costs = _logits(dense, tokens), np.zeros(len(dense.layers))
     for i in range(len(dense.layers)):
-        got = log_softmax(_logits(mixed(dense, {i: skipping.layers[i]}), tokens))
-        costs[i] = (weights * (wanted - got)).sum() / len(tokens)
+        scored = Window()
+        scored.add(_logits(mixed(dense, {i: skipping.layers[i]}), tokens), np.asarray(tokens), wanted)
+        costs[i] = scored.kl / len(tokens)
         if progress:
             progress(i + 1, len(dense.layers), "measuring what each layer's skipping costs")
     return costs

@@ -58,12 +58,13 @@ def gather(
     step = max(1, -(-len(tokens) // most))
     kept: dict[str, list[NDArray[np.float16]]] = {place: [] for place in places}
     together = min(WINDOW, spec.context_length)
+    cache = decoder.new_cache(1, together)
     for start in range(0, len(tokens), together):
         window = tokens[start : start + together]
         mine = range(-start % step, len(window), step)
         if not mine:
             continue
-        seen = dict(zip(watched, decoder.watch(window, watched, layers)))
+        seen = dict(zip(watched, decoder.watch(window, watched, layers, cache)))
         for place in places:
             values = seen["heads" if place == "o" else place][mine.start :: step]
             if place == "heads":

@@ -70,15 +70,29 @@ class Window:
 def _sums(
     logits: NDArray[np.float32], targets: NDArray[np.int64], other: NDArray[np.float32] | None
 ) -> tuple[float, float, float, int]:
-    """What some positions add to a window's `nll`, `other_nll`, `kl` and `agreed`."""
-    mine, rows = log_softmax(logits), np.arange(len(targets))
-    nll = -float(mine[rows, targets].sum())
+    """What some positions add to a window's `nll`, `other_nll`, `kl` and `agreed`.
+
+    Exponentials are float32, which is three times as fast; their sums are float64.
+    """
+    rows = np.arange(len(targets))
+    mine, _, total = _exponentials(logits)
+    nll = float((total - mine[rows, targets]).sum())
     if other is None:
         return nll, 0.0, 0.0, 0
-    theirs = log_softmax(other)
-    kl = float((np.exp(theirs) * (theirs - mine)).sum())
-    agreed = int((mine.argmax(axis=-1) == theirs.argmax(axis=-1)).sum())
-    return nll, -float(theirs[rows, targets].sum()), kl, agreed
+    theirs, weights, their_total = _exponentials(other)
+    apart = theirs - mine
+    apart *= weights
+    weighed = apart.sum(axis=-1, dtype=np.float64) / np.exp(their_total)
+    agreed = int((logits.argmax(axis=-1) == other.argmax(axis=-1)).sum())
+    their_nll = float((their_total - theirs[rows, targets]).sum())
+    return nll, their_nll, float((weighed - (their_total - total)).sum()), agreed
+
+
+def _exponentials(logits: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
+    """Logits [N, vocab] less each row's largest, the exponentials of that, and the logarithms [N] of their sums."""
+    scores = logits - logits.max(axis=-1, keepdims=True)
+    weights = np.exp(scores)
+    return scores, weights, np.log(weights.sum(axis=-1, dtype=np.float64))
 
 
 @dataclass(slots=True)
