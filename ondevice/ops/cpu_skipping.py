@@ -111,7 +111,7 @@ class CpuSkipping(SkippingOps):
         self._counted: list[_Counted] = []
         self._seeds = itertools.count()
         self._of_runs: dict[str, Tally] = {}
-        self._sketch: Sketch | None = None
+        self._sketches: list[Sketch] = []
 
     def counts(self) -> dict[str, Tally]:
         kinds = ("ffn", "inputs", "heads", "keys", "words")
@@ -123,8 +123,10 @@ class CpuSkipping(SkippingOps):
             tally.kept += kept
             tally.units += counted.units * tokens
             tally.bytes_skipped += round((counted.units * tables - read) * counted.unit_bytes)
-        if self._sketch is not None:
-            tallies["words"] = self._sketch.tally()
+        for sketch in self._sketches:
+            tally, more = tallies["words"], sketch.tally()
+            for name in Tally.__slots__:
+                setattr(tally, name, getattr(tally, name) + getattr(more, name))
         return tallies
 
     def _count_run(self, each: dict[str, Tally]) -> None:
@@ -176,9 +178,10 @@ class CpuSkipping(SkippingOps):
         return Inputs(parts, self._count("inputs", inputs, sum(p.data.nbytes for p in parts)))
 
     def pack_sketch(self, head: list[Tiles], tensors: Callable[[], SketchTensors], shape: tuple[int, int]) -> Sketch:
-        self._sketch = pack_sketch(self, head, tensors, shape)
+        sketch = pack_sketch(self, head, tensors, shape)
+        self._sketches.append(sketch)
         self._kernels.update(dict.fromkeys(sketch_kernels(head)))
-        return self._sketch
+        return sketch
 
     def head(self, x: Buffer, head: list[Tiles], sketch: Sketch, top: int) -> Buffer:
         return record_head(self._now, x, head, sketch, top)

@@ -57,7 +57,7 @@ def test_windows_are_scored_alone_without_their_first_token(tiny):
     scores = evaluate(tiny.decoder, ids, window=40)
     total, count = naive(tiny, ids, 40)
     assert scores.tokens == count == 90 - 3 and [w.tokens for w in scores.windows] == [39, 39, 9]
-    assert scores.nll == pytest.approx(total / count, rel=1e-12)
+    assert scores.nll == pytest.approx(total / count, rel=1e-7)
 
 
 def test_a_last_window_of_one_token_is_left_out(tiny):

@@ -78,15 +78,18 @@ def in_turn(
     runs = [_Run(decoder, case, alike) for decoder in decoders]
     for run in runs:
         run.once(between)
-    before = [_skipped(run.decoder) for run in runs]
     samples: list[list[float]] = [[] for _ in runs]
+    counts: list[dict[str, Tally]] = [{} for _ in runs]
     for _ in range(repetitions):
-        for run, mine in zip(runs, samples):
+        for run, mine, own in zip(runs, samples, counts):
+            # Models that one table runs share its counts.
+            before = _skipped(run.decoder)
             mine.append(case.tokens * case.batch / run.once(between))
+            for name, tally in _skipped(run.decoder).items():
+                own[name] = _sum(own.get(name), _since(tally, before[name]))
     results = []
-    for run, mine, earlier in zip(runs, samples, before):
+    for run, mine, skipped in zip(runs, samples, counts):
         tokens = case.tokens * case.batch * repetitions
-        skipped = {name: _since(tally, earlier[name]) for name, tally in _skipped(run.decoder).items()}
         nbytes = bytes_per_token(run.decoder, run.cache, case) - sum(t.bytes_skipped for t in skipped.values()) / tokens
         results.append(Result(case, mine, nbytes, _profile(run) if profile and case.kind == "tg" else None, skipped))
     return results
@@ -95,6 +98,12 @@ def in_turn(
 def _skipped(decoder: Decoder) -> dict[str, Tally]:
     """A copy of what the table has counted so far."""
     return {name: replace(tally) for name, tally in decoder.ops.counts().items()}
+
+
+def _sum(tally: Tally | None, more: Tally) -> Tally:
+    if tally is None:
+        return more
+    return replace(more, **{f.name: getattr(tally, f.name) + getattr(more, f.name) for f in fields(more)})
 
 
 def _since(now: Tally, earlier: Tally) -> Tally:
