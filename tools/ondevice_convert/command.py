@@ -81,7 +81,7 @@ def convert(
       auto                      the fastest on this machine within --budget
       cats:density=0.5          neurons by one of their factors (first=best|gate|up|published)
       teal:density=0.5          inputs of linears by their size (linears=q+k+v+o+gate+up+down)
-      lte:density=0.5           groups of neurons by a linear router (block=32, order=clustered|model)
+      lte:density=0.5           groups of neurons by a linear router (block=32, order=cofiring|clustered|model)
       d2dmoe:tau=0.1            experts by their predicted norm (block=32, width=128, or density=0.5 for tau)
       polar:heads=0.7           heads for each sequence, and neurons of relu models (recall=0.99, batches=1+8+32)
 

@@ -31,8 +31,8 @@ KEYS = {
     "density": UNSTATED,
     "block": "32",
     "width": "128",
-    "order": "clustered",
-    "steps": "200",
+    "order": "cofiring",
+    "steps": "0",
 }
 """Of `--sparsity d2dmoe:...`, and what they are if not given; tau is then the paper's."""
 BLOCKS = (16, 128)

@@ -25,7 +25,7 @@ from ondevice_convert.orders import ORDERS
 from ondevice_convert.ridge import Spectrum, linear
 from ondevice_convert.samples import Samples
 
-KEYS = {"density": "0.5", "block": "32", "order": "clustered", "steps": "100"}
+KEYS = {"density": "0.5", "block": "32", "order": "cofiring", "steps": "0"}
 """Of `--sparsity lte:...`, and what they are if not given."""
 RIDGES = (0.01, 0.1, 1.0, 10.0)
 CLIP = 2.0

@@ -36,7 +36,6 @@ METHODS = {
     "d2dmoe, experts of 32": "d2dmoe:density={}",
     "polar, heads": "polar:heads={}",
 }
-DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 DRAWN_UP_TO = 0.6
 """Largest rise that is drawn: beyond it a model is of no use."""
 
@@ -60,9 +59,12 @@ class Row:
 )
 @click.option("--tokens", default=100_000, show_default=True, help="To calibrate on.")
 @click.option("--windows", default=16, show_default=True, help="Of the unseen text, from its end, to measure on.")
+@click.option("--densities", default="0.9,0.8,0.7,0.6,0.5,0.4,0.3", show_default=True, help="With commas between.")
 @click.option("--methods", default="", help="Only those whose names begin so, with commas between.")
 @click.option("-t", "--threads", type=click.IntRange(1), help="Of the CPU backend.")
-def results(model: str, text: Path, output: Path, tokens: int, windows: int, methods: str, threads: int | None) -> None:
+def results(
+    model: str, text: Path, output: Path, tokens: int, windows: int, densities: str, methods: str, threads: int | None
+) -> None:
     """Convert MODEL by every method that applies at 30 to 90 %, and tabulate quality against decode speed."""
     chosen = {
         name: pattern
@@ -80,7 +82,9 @@ def results(model: str, text: Path, output: Path, tokens: int, windows: int, met
         rows: list[Row] = []
         for name, pattern in chosen.items():
             try:
-                rows += _of_method(trial, samples, texts, windows, name, pattern)
+                rows += _of_method(
+                    trial, samples, texts, windows, name, [pattern.format(d.strip()) for d in densities.split(",")]
+                )
             except OptionError as e:
                 click.echo(f"{name}: does not apply: {e}", err=True)
         page = _page(model, base.spec, texts, windows, rows, output)
@@ -89,8 +93,10 @@ def results(model: str, text: Path, output: Path, tokens: int, windows: int, met
     click.echo(page)
 
 
-def _of_method(trial: Trial, samples: Samples, texts: Texts, windows: int, name: str, pattern: str) -> Iterator[Row]:
-    options = [parse(pattern.format(density)) for density in DENSITIES]
+def _of_method(
+    trial: Trial, samples: Samples, texts: Texts, windows: int, name: str, asked: Sequence[str]
+) -> Iterator[Row]:
+    options = [parse(text) for text in asked]
     fits = [KINDS[option.method].fit(trial.base, samples, option, trial.progress) for option in options]
     decoders = [trial.decoder(fitted) for fitted in fits]
     unseen = texts.unseen[-windows * texts.window :]
