@@ -7,7 +7,7 @@ a sketch of the vocabulary head. Larger blocks are judged by what an oracle woul
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ondevice.decoder import Decoder
@@ -28,7 +28,7 @@ REFERENCE = 0.5
 CURVE = (0.9, 0.7, 0.5, 0.3)
 COST_TOKENS = 512
 TUNING_WINDOWS, CURVE_WINDOWS = 8, 4
-TRIES = 6
+TRIES = 4
 FIRST_SHARE, BACK_OFF = 0.8, 0.6
 """Part of the budget that layers get at first, since their costs only roughly add up, and of that at each new try."""
 WORTH = 1.02
@@ -72,6 +72,11 @@ class Choice:
     curve: tuple[Point, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def speedup(self) -> float:
+        """Over the dense model."""
+        return self.speeds[1].speedup if self.speeds else 1.0
+
 
 class Budget:
     """Chooses within a budget.
@@ -93,42 +98,62 @@ class Budget:
 
     def choose(self) -> Choice:
         """The fastest candidate that holds the budget on unseen text."""
-        layers = self._choices()
-        share = FIRST_SHARE
-        exact = fit_exact(self.trial.base, self.samples, self.trial.progress)
-        fitted = exact or self._tuned(layers, share)
         tried: set[str] = set()
-        while True:
-            found = self._best_of(fitted, tried)
-            if found is not None or fitted is None:
-                break
-            share *= BACK_OFF
-            fitted = None if fitted is exact else self._tuned(layers, share)
-        if found is None:
+        found: list[Choice] = []
+        for fitted in self._methods():
+            best = self._best_of(fitted, tried)
+            if best is not None:
+                found.append(best)
+                if best.fitted is fitted:
+                    break
+        if not found:
             self.notes.append("nothing that was tried is faster and within the budget: the model stays dense")
             return Choice("the dense model", curve=self.curve, notes=tuple(self.notes))
-        return found
+        return replace(max(found, key=lambda choice: choice.speedup), curve=self.curve, notes=tuple(self.notes))
+
+    def _methods(self) -> Iterator[Fitted | None]:
+        """What to try, the most promising first: zeros, which cost nothing, then densities, each time higher ones."""
+        exact = fit_exact(self.trial.base, self.samples, self.trial.progress)
+        if exact is not None:
+            yield exact
+        layers, share = self._choices(), FIRST_SHARE
+        for _ in range(TRIES):
+            fitted = self._tuned(layers, share)
+            if fitted is None:
+                break
+            yield fitted
+            share *= BACK_OFF
+        yield None
 
     def _best_of(self, fitted: Fitted | None, tried: set[str]) -> Choice | None:
-        """The fastest of a method, a sketched head, and both, that holds; None where a slower method may yet."""
-        decoders: list[tuple[Fitted | None, bool, Decoder]] = []
+        """The fastest of a method, a sketched head, and both, that holds; None where none does.
+
+        Quality is measured with all layers skipping that may, as another machine's plan could have it; speed with this
+        machine's plan.
+        """
+        trial, texts = self.trial, self.texts
+        whole = [(trial.dense, trial.dense)]
+        candidates: list[tuple[Fitted | None, bool, Decoder, Decoder]] = []
         if fitted is not None:
-            decoders.append((fitted, False, self.trial.decoder(fitted, "auto")))
-        for method, _, decoder in [(None, False, self.trial.dense), *decoders]:
-            sketched = self.trial.sketched(decoder)
+            candidates.append((fitted, False, trial.decoder(fitted), trial.decoder(fitted, "auto")))
+            whole.append(candidates[0][2:])
+        for method, (skipping, planned) in zip((None, fitted), whole):
+            sketched = trial.sketched(skipping)
             if sketched is not None:
-                decoders.append((method, True, sketched))
-        qualities = self.trial.quality([d for _, _, d in decoders], self.texts.unseen, self.texts.window, "unseen")
-        dense, *speeds = self.trial.speeds([d for _, _, d in decoders])
+                quick = sketched if planned is skipping else trial.sketched(planned)
+                assert quick is not None
+                candidates.append((method, True, sketched, quick))
+        qualities = trial.quality([c[2] for c in candidates], texts.unseen, texts.window, "on unseen text")
+        dense, *speeds = trial.speeds([c[3] for c in candidates])
         best, highest = None, 0.0
-        for (method, sketch, _), quality, speed in zip(decoders, qualities, speeds):
+        for (method, sketch, _, _), quality, speed in zip(candidates, qualities, speeds):
             name, problem = _name(method, sketch), self._problem(quality, speed)
             if problem:
                 self._note(f"{name}: refused, {problem}", tried)
             elif speed.speedup > highest:
                 highest = speed.speedup
-                best = Choice(name, method, sketch, quality, (dense, speed), self.curve)
-        return best and replace(best, notes=tuple(self.notes))
+                best = Choice(name, method, sketch, quality, (dense, speed))
+        return best
 
     def _problem(self, quality: Quality, speed: Speed) -> str:
         """Why a candidate is refused; empty if it is not."""
@@ -177,7 +202,10 @@ class Budget:
         return layers if paying else []
 
     def _tuned(self, layers: list[LayerChoices], share: float) -> Fitted | None:
-        """Densities for which the rise on the tuning text is within the budget; None where all layers end dense."""
+        """Densities for which the rise on the tuning text is within the budget; None where all layers end dense.
+
+        share: part of the budget that costs, which only roughly add up, may take at first.
+        """
         for _ in range(TRIES):
             densities = allocate(layers, share * math.log1p(self.rise))
             if not layers or min(densities) >= DENSE:
