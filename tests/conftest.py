@@ -83,14 +83,14 @@ def tiny_cpu(tiny_path):
 
 @pytest.fixture(scope="session")
 def trained_relu(request, tmp_path_factory):
-    """Gives a tiny trained ReLU model, "gated" or "plain" (`tests.trained`); pytest's cache keeps it for later runs."""
+    """A tiny trained ReLU model (`tests.trained`); pytest's cache keeps it for later runs."""
     for module in ("torch", "transformers"):
         pytest.importorskip(module, reason="the extra `judges` is not installed")
     from tests.trained import trained
 
     cache = getattr(request.config, "cache", None)
     parent = tmp_path_factory.mktemp("trained") if cache is None else cache.mkdir("trained")
-    return lambda kind: trained(kind, Path(parent))
+    return trained(Path(parent))
 
 
 @pytest.fixture(scope="session")

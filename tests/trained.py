@@ -1,6 +1,6 @@
-"""Tiny ReLU models trained on text, so that their zeros are real: what skipping them gains costs nothing.
+"""A tiny ReLU model trained on text, so that its zeros are real: what skipping them gains costs nothing.
 
-Trained by transformers on the CPU (extra `judges`) in a few minutes of one core each, on the documentation that Python
+Trained by transformers on the CPU (extra `judges`) in a few minutes of one core, on the documentation that Python
 brings along. A penalty on the size of the activations makes nine of ten zero, as in published models of this kind.
 
 Source: L1 penalty on activations, Glorot et al. 2011, Deep Sparse Rectifier Neural Networks, section 3.
@@ -27,8 +27,12 @@ PENALTY = 0.8
 """Weight of the activations' mean size beside the loss."""
 HELD_OUT = 0.08
 """Part of the text that nothing is trained on: its end."""
-_SIZES = {
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_act": "relu",
     "hidden_size": 256,
+    "intermediate_size": 2048,
+    "head_dim": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "vocab_size": VOCAB,
@@ -37,10 +41,6 @@ _SIZES = {
     "bos_token_id": None,
     "eos_token_id": 1,
     "pad_token_id": None,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gated": {**_SIZES, "model_type": "llama", "hidden_act": "relu", "intermediate_size": 2048, "head_dim": 64},
-    "plain": {**_SIZES, "model_type": "opt", "activation_function": "relu", "ffn_dim": 2048, "dropout": 0.0},
 }
 
 
@@ -59,18 +59,17 @@ class Trained:
     held_out: str
 
 
-def trained(kind: str, parent: Path) -> Trained:
-    """A model, trained unless an earlier call left it there.
+def trained(parent: Path) -> Trained:
+    """The model, trained unless an earlier call left it there.
 
     Args:
-        kind: "gated" (llama) or "plain" (opt, no gate).
         parent: folder for models; may hold others.
     """
     seen, held_out = texts()
     recipe = hashlib.sha256(Path(__file__).read_bytes() + seen.encode() + held_out.encode()).hexdigest()[:12]
-    folder = parent / f"relu-{kind}-{recipe}"
+    folder = parent / f"relu-{recipe}"
     if not folder.exists():
-        _write(folder, kind, seen)
+        _write(folder, seen)
     return Trained(folder, seen, held_out)
 
 
@@ -83,7 +82,7 @@ def texts() -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _write(folder: Path, kind: str, text: str) -> None:
+def _write(folder: Path, text: str) -> None:
     from ondevice.checkpoint import open_checkpoint
     from ondevice.checkpoint.quantization import dequantize
     from ondevice.checkpoint.writer import write_checkpoint
@@ -95,14 +94,14 @@ def _write(folder: Path, kind: str, text: str) -> None:
         from tokenizers import Tokenizer
 
         ids = np.asarray(Tokenizer.from_file(str(raw / "tokenizer.json")).encode(text).ids)
-        _train(kind, ids).save_pretrained(raw)
+        _train(ids).save_pretrained(raw)
         with open_checkpoint(raw) as checkpoint:
             names = checkpoint.spec.tensors()
             tensors = ((name, dequantize(checkpoint.tensor(name)).astype(np.float16)) for name in names)
             write_checkpoint(folder, checkpoint.spec, tensors, checkpoint.tokenizer())
 
 
-def _train(kind: str, ids: NDArray[np.int64]) -> Any:
+def _train(ids: NDArray[np.int64]) -> Any:
     """A model of transformers. The same seed, threads and processor give the same model."""
     import torch
     import transformers
@@ -110,11 +109,11 @@ def _train(kind: str, ids: NDArray[np.int64]) -> Any:
     threads, random = torch.get_num_threads(), np.random.default_rng(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or default_threads()))
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**CONFIGS[kind])
+    config = transformers.AutoConfig.for_model(**CONFIG)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     active: list[Any] = []
     for name, module in model.named_modules():
-        if name.endswith(("act_fn", "activation_fn")):
+        if name.endswith("act_fn"):
             module.register_forward_hook(lambda _, __, out: active.append(out))
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=WARM)

@@ -19,7 +19,6 @@ from tests.trained import CONTEXT, VOCAB
 
 pytestmark = pytest.mark.judge
 TOKENS = 2 * CONTEXT
-KINDS = ("gated", "plain")
 
 
 def unigram_perplexity(model, given) -> float:
@@ -29,9 +28,8 @@ def unigram_perplexity(model, given) -> float:
     return float(np.exp(-np.log(counts / counts.sum())[held_out[:TOKENS]].mean()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_perplexity_of_unseen_text(trained_relu, kind):
-    given = trained_relu(kind)
+def test_perplexity_of_unseen_text(trained_relu):
+    given = trained_relu
     assert len(given.held_out) > 20_000 and given.held_out not in given.seen
     models = [load(given.folder, backend=backend) for backend in ("reference", "cpu")]
     ids = models[0].tokenizer.encode(given.held_out, add_special=False)[:TOKENS]
@@ -40,9 +38,8 @@ def test_perplexity_of_unseen_text(trained_relu, kind):
     assert cpu.nll == pytest.approx(reference.nll, abs=2e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_most_neurons_are_zero(trained_relu, kind):
-    given = trained_relu(kind)
+def test_most_neurons_are_zero(trained_relu):
+    given = trained_relu
     with open_checkpoint(given.folder) as checkpoint:
         decoder, layers = Decoder(checkpoint, op_table("cpu", None, None)), range(checkpoint.spec.n_layers)
         ids = checkpoint.tokenizer().encode(given.held_out, add_special=False)[:CONTEXT]
@@ -56,7 +53,7 @@ def test_most_neurons_are_zero(trained_relu, kind):
 
 def test_skipping_the_zeros_changes_nothing(trained_relu):
     """And the engine counts as many as there are."""
-    given = trained_relu("gated")
+    given = trained_relu
     with open_checkpoint(given.folder) as checkpoint:
         dense = Decoder(checkpoint, op_table("cpu", None, None))
         cats = Cats((0.0,) * checkpoint.spec.n_layers)
