@@ -52,12 +52,15 @@ class KvView:
                 "neighbouring dimensions of a head side by side"
             )
         if q.ndim != 3 or q.shape[2] != self.keys.shape[3] or q.shape[1] % self.keys.shape[2]:
-            raise ValueError(f"q is {list(q.shape)}; it must be [B, heads, {self.keys.shape[3]}], a multiple of "
-                             f"{self.keys.shape[2]} heads")
+            raise ValueError(
+                f"q is {list(q.shape)}; it must be [B, heads, {self.keys.shape[3]}], a multiple of "
+                f"{self.keys.shape[2]} heads"
+            )
         batch, table = len(q), self.block_table
         if self.lengths.shape != (batch,) or (len(self.keys) < batch if table is None else len(table) != batch):
-            raise ValueError(f"lengths {list(self.lengths.shape)} and the table, or the keys, must be of {batch} "
-                             "sequences, as q is")
+            raise ValueError(
+                f"lengths {list(self.lengths.shape)} and the table, or the keys, must be of {batch} sequences, as q is"
+            )
         if table is not None and (self.page % 16 or self.page & (self.page - 1)):
             raise ValueError(f"pages have {self.page} positions; take a power of two from 16 on")
 

@@ -76,7 +76,7 @@ def grouped_down(
     count = tl.load(counts + tl.program_id(0))
     steps: tl.constexpr = (BLOCK + BR - 1) // BR
     acc = tl.zeros([BM, BO], tl.float32)
-    for step in range(0, count * steps):
+    for step in range(count * steps):
         expert = tl.load(lists + tl.program_id(0) * experts + step // steps).to(tl.int64)
         own = step % steps * BR + tl.arange(0, BR)
         live = own < BLOCK

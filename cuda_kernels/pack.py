@@ -102,8 +102,10 @@ def pack_ffn(
     out = down.shape[0]
     if down.shape[1] != neurons or neurons % block or (gate is not None and tuple(gate.shape) != (neurons, inputs)):
         shapes = [tuple(m.shape) for m in matrices]
-        raise ValueError(f"shapes {shapes} and blocks of {block} are not those of one FFN: gate and up [D, in], "
-                         "down [out, D], blocks that divide D")
+        raise ValueError(
+            f"shapes {shapes} and blocks of {block} are not those of one FFN: gate and up [D, in], "
+            "down [out, D], blocks that divide D"
+        )
     if valued and gate is not None:
         raise ValueError("valued neurons bring their gate with them: leave `gate` out")
     where = torch.device(device)

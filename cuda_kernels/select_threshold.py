@@ -2,8 +2,8 @@
 
 What it must move: a row of scores once, or twice where the threshold is relative to the largest, and 4 bytes for each
 unit that is listed. Grid: a program for each row, since a list is written in order; a scan over a block of units says
-where each of them goes. Rows are a few hundred units (LTE, D2DMoE) to some ten thousand, so a program takes microseconds,
-and nothing is read by the host: the list is as long as there are units, and its count stays on the device.
+where each of them goes. Rows are a few hundred units (LTE, D2DMoE) to some ten thousand: microseconds for a
+program. And nothing is read by the host: the list is as long as there are units, and its count stays on the device.
 """
 
 from __future__ import annotations
@@ -95,5 +95,3 @@ def list_mask_torch(mask: torch.Tensor) -> RowList:
     """`lists_of_mask` in plain torch: entries beyond the count are the units that are not listed."""
     order = torch.sort((~mask).to(torch.int8), dim=1, stable=True).indices
     return RowList(order.to(torch.int32), mask.sum(1).to(torch.int32))
-
-

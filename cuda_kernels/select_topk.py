@@ -80,7 +80,7 @@ def _votes(
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
-    for n in range(0, tokens):
+    for n in range(tokens):
         mask = at < units
         if ACTIVE:
             mask = mask & (tl.load(active + n) != 0)
@@ -123,7 +123,7 @@ def select_topk(
     count = empty(n, dtype=torch.int32, device=scores.device)
     if n:
         block = up_to_power(units, 16, 4096)
-        warps = 16 if block == 4096 else 4
+        warps = 32 if block == 4096 else 4
         _topk[(n,)](scores, indices, count, units, k, *scores.stride(), GROUP=group, BLOCK=block, num_warps=warps)
     return RowList(indices, count)
 
@@ -131,8 +131,10 @@ def select_topk(
 def _need(scores: torch.Tensor, k: int, shared: bool, group: int, active: torch.Tensor | None) -> None:
     need_float("scores", scores)
     if scores.ndim != 2 or group < 1 or scores.shape[1] % group or (shared and group > 1):
-        raise ValueError(f"scores {list(scores.shape)} in groups of {group}: groups divide the units of [N, M], and "
-                         "a shared choice is of single units")
+        raise ValueError(
+            f"scores {list(scores.shape)} in groups of {group}: groups divide the units of [N, M], and "
+            "a shared choice is of single units"
+        )
     if not 1 <= k <= scores.shape[1] // group:
         raise ValueError(f"k is {k}; choose from 1 to {scores.shape[1] // group}")
     if active is not None and (not shared or active.dtype != torch.bool or active.shape != scores.shape[:1]):

@@ -24,20 +24,20 @@ from cuda_kernels.lists import RowList, mask_of_lists
 from cuda_kernels.tune import Choice, pick
 
 CHUNK = 256
-WARPS = ((4, 3), (4, 2), (2, 3), (8, 3))
+WARPS = ((4, 3), (4, 4), (2, 3), (8, 3))
 """Warps and stages of a program."""
 
 
 @triton.jit
 def listed(
-    heads, list_stride, counts, sequence, head, HEADS: tl.constexpr, PER_UNIT: tl.constexpr, LIST: tl.constexpr,
-    LENGTH: tl.constexpr,
+    heads, list_stride, list_length, counts, sequence, head, HEADS: tl.constexpr, PER_UNIT: tl.constexpr,
+    LIST: tl.constexpr,
 ):  # fmt: skip
     """Which of some query heads a sequence's list names, as int32."""
     if HEADS:
         at = tl.arange(0, LIST)
         count = tl.load(counts + sequence)
-        live = (at < count) & (at < LENGTH)
+        live = (at < count) & (at < list_length)
         units = tl.load(heads + sequence * list_stride + at, mask=live, other=-1)
         found = tl.max(((head // PER_UNIT)[:, None] == units[None, :]).to(tl.int32), 1)
     else:
@@ -45,13 +45,13 @@ def listed(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["list_stride", "list_length", "window"])
 def attend_chunk(
     q, keys, values, table, lengths, heads, counts, parts, largests, sums,
-    q_batch, q_head, k_page, k_at, k_head, v_page, v_at, v_head, table_stride, list_stride, scale, window, softcap,
-    chunks, n_heads, HEADS: tl.constexpr, PER_UNIT: tl.constexpr, LIST: tl.constexpr, LENGTH: tl.constexpr,
-    GROUP: tl.constexpr, BG: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
-    PAGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
+    q_batch, q_head, k_page, k_at, k_head, v_page, v_at, v_head, table_stride, list_stride, list_length, scale, window,
+    softcap, chunks, n_heads, HEADS: tl.constexpr, PER_UNIT: tl.constexpr, LIST: tl.constexpr, GROUP: tl.constexpr,
+    BG: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     kv = tl.program_id(1).to(tl.int64)
@@ -64,7 +64,7 @@ def attend_chunk(
     end = tl.minimum(length, (chunk + 1) * CHUNK)
     row = tl.arange(0, BG)
     head = kv * GROUP + row
-    run = listed(heads, list_stride, counts, sequence, head, HEADS, PER_UNIT, LIST, LENGTH)
+    run = listed(heads, list_stride, list_length, counts, sequence, head, HEADS, PER_UNIT, LIST)
     run = tl.where(row < GROUP, run, 0)
     if (start < end) & (tl.max(run, 0) > 0):
         dim = tl.arange(0, BD)
@@ -103,18 +103,18 @@ def attend_chunk(
         tl.store(sums + slot, total, mask=run > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["list_stride", "list_length", "window"])
 def merge(
-    parts, largests, sums, lengths, heads, counts, out, list_stride, window, chunks, n_heads,
-    HEADS: tl.constexpr, PER_UNIT: tl.constexpr, LIST: tl.constexpr, LENGTH: tl.constexpr, DH: tl.constexpr,
-    BD: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr,
+    parts, largests, sums, lengths, heads, counts, out, list_stride, list_length, window, chunks, n_heads,
+    HEADS: tl.constexpr, PER_UNIT: tl.constexpr, LIST: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """A head's chunks as one result; zeros where it is not listed, or sees nothing."""
     head = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + sequence)
     one = head + tl.zeros([1], tl.int64)
-    run = tl.max(listed(heads, list_stride, counts, sequence, one, HEADS, PER_UNIT, LIST, LENGTH), 0)
+    run = tl.max(listed(heads, list_stride, list_length, counts, sequence, one, HEADS, PER_UNIT, LIST), 0)
     first = 0
     if WINDOW:
         first = tl.maximum(length - window, 0)
@@ -181,14 +181,13 @@ def selective_attention(
     index, count = (cache.lengths, cache.lengths) if heads is None else heads
     table = absent(cache.block_table, cache.lengths)
     stride = 0 if heads is None else heads.indices.stride(0)
-    lists = {"HEADS": heads is not None, "PER_UNIT": 1 if unit == "head" else group,
-             "LIST": up_to_power(length), "LENGTH": length}
+    lists = {"HEADS": heads is not None, "PER_UNIT": 1 if unit == "head" else group, "LIST": up_to_power(length, 32)}
     shape = {"DH": dh, "BD": up_to_power(dh, 16), "WINDOW": window > 0, "CHUNK": CHUNK}
 
     def run(tile: Choice) -> None:
         attend_chunk[(chunks, kv_heads, batch)](
             q, cache.keys, cache.values, table, cache.lengths, index, count, parts, largests, sums, *q.stride()[:2],
-            *cache.keys.stride()[:3], *cache.values.stride()[:3], table.stride(0), stride, scale, window,
+            *cache.keys.stride()[:3], *cache.values.stride()[:3], table.stride(0), stride, length, scale, window,
             float(softcap), chunks, n_heads, **lists, **shape, GROUP=group, BG=up_to_power(group, 16),
             PAGE=cache.page if cache.block_table is not None else 1, PAGED=cache.block_table is not None,
             SOFTCAP=softcap > 0, BN=cache.tile, **tile,
@@ -197,8 +196,8 @@ def selective_attention(
     key = (batch, n_heads, kv_heads, dh, chunks, cache.block_table is not None, length, unit, str(q.dtype))
     run(pick("selective_attention", key, [{"num_warps": w, "num_stages": s} for w, s in WARPS], run))
     merge[(n_heads, batch)](
-        parts, largests, sums, cache.lengths, index, count, out, stride, window, chunks, n_heads, **lists, **shape,
-        BC=up_to_power(chunks, 1, 16),
+        parts, largests, sums, cache.lengths, index, count, out, stride, length, window, chunks, n_heads, **lists,
+        **shape, BC=up_to_power(chunks, 1, 16),
     )  # fmt: skip
     return out
 
@@ -208,8 +207,10 @@ def _need(q: torch.Tensor, cache: KvView, heads: RowList | None, unit: str) -> N
     if unit not in ("head", "kv_group"):
         raise ValueError(f"unit {unit!r} is neither 'head' nor 'kv_group'; take one of them")
     if heads is not None and (len(heads.indices) != len(q) or heads.count.shape != q.shape[:1]):
-        raise ValueError(f"lists of heads {list(heads.indices.shape)} and counts {list(heads.count.shape)} must be of "
-                         f"{len(q)} sequences, as q is")
+        raise ValueError(
+            f"lists of heads {list(heads.indices.shape)} and counts {list(heads.count.shape)} must be of "
+            f"{len(q)} sequences, as q is"
+        )
 
 
 def selective_attention_torch(

@@ -91,7 +91,7 @@ def add_chunks(
     inside = at < out
     count = tl.load(counts + token * count_stride) * BLOCK
     acc = tl.zeros([BO], tl.float32)
-    for i in range(0, tl.cdiv(count, chunk)):
+    for i in range(tl.cdiv(count, chunk)):
         acc += tl.load(parts + (i * tokens + token) * out + at, mask=inside, other=0.0)
     if BIAS:
         acc += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)

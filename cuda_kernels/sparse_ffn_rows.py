@@ -163,7 +163,7 @@ def _batch(
     cuts, pieces = cuts_of(width, length)
     cut = triton.cdiv(triton.cdiv(width, cuts), 256) * 256
     sums = empty(2 if ffn.gate is not None else 1, cuts, tokens, length, dtype=torch.float32, device=x.device)
-    h = empty(tokens, length, dtype=x.dtype, device=x.device)
+    h = empty(tokens, triton.cdiv(length, 256) * 256, dtype=x.dtype, device=x.device)
 
     def up(tile: Choice) -> None:
         up_union[(triton.cdiv(tokens, bn), triton.cdiv(length, tile["BS"]), cuts)](
@@ -175,15 +175,16 @@ def _batch(
     up(pick("up_union", key, [_tile(ffn, x, bs=bs, bk=bk, w=w, s=s) for bs, bk, w, s in UP_TILES], up))
     activate_union[(triton.cdiv(length, 256), tokens)](
         sums, absent(ffn.gate_bias, x), absent(ffn.up_bias, x), absent(values, x), rows.indices, rows.count, h,
-        tokens, length, 0 if values is None else values.stride(0), cuts, **_flags(ffn, activation), BS=256,
+        tokens, length, h.stride(0), 0 if values is None else values.stride(0), cuts, **_flags(ffn, activation),
+        BS=256,
     )  # fmt: skip
     chunk = triton.cdiv(triton.cdiv(length, pieces), 64) * 64
     parts = empty(pieces, tokens, out, dtype=torch.float32, device=x.device)
 
     def down(tile: Choice) -> None:
         down_union[(triton.cdiv(tokens, bn), _tiles(ffn, tile["BO"]), pieces)](
-            h, *_matrix(ffn.down, x), rows.indices, rows.count, parts, tokens, out, ffn.down.weight.shape[1], length,
-            chunk, BITS=ffn.bits, GROUP=ffn.group, BLOCK=ffn.block, BN=bn, **tile,
+            h, *_matrix(ffn.down, x), rows.indices, rows.count, parts, tokens, out, ffn.down.weight.shape[1],
+            h.stride(0), chunk, BITS=ffn.bits, GROUP=ffn.group, BLOCK=ffn.block, BN=bn, **tile,
         )  # fmt: skip
 
     down(pick("down_union", key, [_tile(ffn, x, br=br, bo=bo, w=w, s=s) for br, bo, w, s in DOWN_TILES], down))

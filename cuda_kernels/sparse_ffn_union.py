@@ -55,11 +55,11 @@ def up_union(
 
 @triton.jit
 def activate_union(
-    parts, gate_bias, up_bias, values, indices, counts, h, tokens, length, value_stride, cuts,
+    parts, gate_bias, up_bias, values, indices, counts, h, tokens, length, h_stride, value_stride, cuts,
     GATED: tl.constexpr, VALUED: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, BLOCK: tl.constexpr,
     KIND: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """h of a batch's neurons from the partial sums of their products."""
+    """h of a batch's neurons from the partial sums of their products; 0 in what is left of a tile of BS entries."""
     token = tl.program_id(1).to(tl.int64)
     count = tl.load(counts) * BLOCK
     if tl.program_id(0) * BS < count:
@@ -67,7 +67,7 @@ def activate_union(
         live = entry < count
         rows = neurons_at(indices, entry, live, BLOCK)
         y = tl.zeros([BS], tl.float32)
-        for i in range(0, cuts):
+        for i in range(cuts):
             y += tl.load(parts + (i * tokens + token) * length + entry, mask=live, other=0.0)
         if UP_BIAS:
             y += tl.load(up_bias + rows, mask=live, other=0.0).to(tl.float32)
@@ -82,12 +82,12 @@ def activate_union(
             y = activate(y, KIND)
         if VALUED:
             y *= tl.load(values + token * value_stride + rows, mask=live, other=0.0).to(tl.float32)
-        tl.store(h + token * length + entry, y.to(h.dtype.element_ty), mask=live)
+        tl.store(h + token * h_stride + entry, tl.where(live, y, 0.0).to(h.dtype.element_ty))
 
 
 @triton.jit
 def down_union(
-    h, down, scales, biases, indices, counts, parts, tokens, out, words, length, cut,
+    h, down, scales, biases, indices, counts, parts, tokens, out, words, h_stride, cut,
     BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     BO: tl.constexpr,
 ):  # fmt: skip
@@ -102,8 +102,9 @@ def down_union(
             entry = start + tl.arange(0, BR)
             live = entry < count
             rows = neurons_at(indices, entry, live, BLOCK)
-            mask = there[:, None] & live[None, :]
-            v = tl.load(h + token.to(tl.int64)[:, None] * length + entry[None, :], mask=mask, other=0.0)
+            # Not masked by the count, which would make loads of single values of it; h is 0 up to there.
+            place = token.to(tl.int64)[:, None] * h_stride + entry[None, :]
+            v = tl.load(h + place, mask=there[:, None], other=0.0)
             w = down_tile(down, scales, biases, rows, live, tile, out, words, BITS, GROUP, BR, BO)
             acc = tl.dot(v, w.to(v.dtype), acc, input_precision="ieee")
         at = outputs_of(tile, words, BITS, BO)

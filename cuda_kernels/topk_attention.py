@@ -133,8 +133,8 @@ def topk_chosen(
             at = tile + tl.arange(0, BN)
             seen = (at >= first) & (at < length)
             mask = seen[None, :] & (row < GROUP)[:, None]
-            place = (sequence * n_heads + head)[:, None] * longest + at[None, :]
-            score = tl.load(scores + place, mask=mask, other=-float("inf"))
+            where = (sequence * n_heads + head)[:, None] * longest + at[None, :]
+            score = tl.load(scores + where, mask=mask, other=-float("inf"))
             kept = mask & ((score > border[:, None]) | (score == largest[:, None]) | (n <= k_kept))
             some = tl.max(kept.to(tl.int32), 0) > 0
             if tl.max(some.to(tl.int32), 0) > 0:
@@ -192,9 +192,7 @@ def quantiles(k: int, longest: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def topk_attention(
-    q: torch.Tensor, cache: KvView, scale: float, r: int, k: int, window: int = 0
-) -> torch.Tensor:
+def topk_attention(q: torch.Tensor, cache: KvView, scale: float, r: int, k: int, window: int = 0) -> torch.Tensor:
     """Attention that chooses its keys by the first r dimensions of each head and weighs them by the others.
 
     With s = scale * <q, key> over the first r dimensions of the n keys that a token sees, keys are kept where
@@ -234,8 +232,14 @@ def topk_attention(
     parts = empty(batch, n_heads, chunks, dh, **f32)
     grid = (chunks, kv_heads, batch)
     sizes = {"WINDOW": window > 0, "CHUNK": CHUNK}
-    tile = {**sizes, "GROUP": group, "BG": up_to_power(group, 16), "PAGE": cache.page if paged else 1, "PAGED": paged,
-            "BN": cache.tile}
+    tile = {
+        **sizes,
+        "GROUP": group,
+        "BG": up_to_power(group, 16),
+        "PAGE": cache.page if paged else 1,
+        "PAGED": paged,
+        "BN": cache.tile,
+    }
     topk_scores[grid](
         q, cache.keys, table, cache.lengths, scores, means, squares, largests, *q.stride()[:2],
         *cache.keys.stride()[:3], table.stride(0), scale, window, chunks, cache.longest, n_heads, r,
@@ -260,9 +264,7 @@ def _need(q: torch.Tensor, cache: KvView, r: int, k: int) -> None:
         raise ValueError(f"r is {r} and k {k}; r must be from 1 to {q.shape[2] - 1}, and k at least 1")
 
 
-def topk_attention_torch(
-    q: torch.Tensor, cache: KvView, scale: float, r: int, k: int, window: int = 0
-) -> torch.Tensor:
+def topk_attention_torch(q: torch.Tensor, cache: KvView, scale: float, r: int, k: int, window: int = 0) -> torch.Tensor:
     """`topk_attention` in plain torch, on any device."""
     _need(q, cache, r, k)
     keys, values, seen = visible(cache, len(q), window)

@@ -26,7 +26,10 @@ _known: dict[str, dict[str, Choice]] = {}
 
 
 def cache_file() -> Path:
-    """Where choices are kept; ONDEVICE_TRITON_TUNING names another file, or with "off" none."""
+    """Where choices are kept; ONDEVICE_TRITON_TUNING names another file.
+
+    "off" there keeps them in memory only, "first" measures nothing and takes the first choice.
+    """
     named = os.environ.get("ONDEVICE_TRITON_TUNING")
     if named:
         return Path(named)
@@ -43,7 +46,7 @@ def pick(kernel: str, key: tuple[Any, ...], choices: Sequence[Choice], run: Call
         choices: the first is taken where nothing can be timed.
         run: launches the kernel; may be called many times, and must give the same each time.
     """
-    if interpreted() or len(choices) == 1:
+    if interpreted() or len(choices) == 1 or os.environ.get("ONDEVICE_TRITON_TUNING") == "first":
         return choices[0]
     where = f"{torch.cuda.get_device_name()} triton {triton.__version__}"
     known = _load(where)

@@ -74,7 +74,9 @@ class FfnCase:
         values = numbers(rng, "float32", self.tokens, neurons) if self.valued else None
         residual = numbers(rng, self.dtype, self.tokens, out) if self.residual else None
         units = neurons // self.block
-        chosen = lists(rng, [self.counts[i % len(self.counts)] for i in range(1 if self.shared else self.tokens)], units)
+        chosen = lists(
+            rng, [self.counts[i % len(self.counts)] for i in range(1 if self.shared else self.tokens)], units
+        )
         ffn = pack_ffn(
             gate if self.gated else None, up, down, *biases, block=self.block, valued=self.valued, device=device
         )
@@ -138,7 +140,9 @@ def _without_lists(shape: tuple[int, int, int]) -> Callable[..., Outcome]:
         arrays = [numbers(rng, "float32", *s) for s in ((neurons, width), (neurons, width), (out, neurons))]
         ffn = pack_ffn(*arrays, down_bias=bias, device=device)
         zeros = torch.zeros(2, dtype=torch.int32, device=device)
-        got = fn(to_device(numbers(rng, "float32", 2, width), device), ffn, RowList(zeros[:, None][:, :0], zeros), "silu")
+        got = fn(
+            to_device(numbers(rng, "float32", 2, width), device), ffn, RowList(zeros[:, None][:, :0], zeros), "silu"
+        )
         return close(got, np.tile(bias.astype(np.float64), (2, 1)), "float32")
 
     return run
@@ -158,7 +162,9 @@ CASES: Table = {
         "bfloat16 weights, float32 inputs": FfnCase(6, (64, 70, 48), weights="bfloat16", activation="abs"),
         "blocks of 4": FfnCase(6, (33, 72, 37), (0, 1, 7, -1, -2, 3), block=4, biased=True),
         "4 bits": FfnCase(4, (96, 96, 37), (1, 7, -1, -2), bits=4, biased=True),
-        "4 bits in groups of 64, float16": FfnCase(4, (128, 128, 64), (0, 33, -1, 7), bits=4, group=64, dtype="float16"),
+        "4 bits in groups of 64, float16": FfnCase(
+            4, (128, 128, 64), (0, 33, -1, 7), bits=4, group=64, dtype="float16"
+        ),
         "8 bits": FfnCase(6, (96, 64, 33), bits=8, gated=False, activation="relu"),
         "8 bits in groups of 128, valued": FfnCase(3, (128, 128, 20), bits=8, group=128, gated=False, valued=True),
         "no list entries": _without_lists((33, 20, 7)),
@@ -170,7 +176,9 @@ CASES: Table = {
         "union, inputs in several cuts": FfnCase(3, (1100, 40, 37), (-2,), shared=True, biased=True),
         "union, list in several cuts": FfnCase(3, (33, 1100, 37), (-2,), shared=True, gated=False, biased=True),
         "union, valued": FfnCase(5, ODD, (40,), shared=True, gated=False, valued=True, strided=True),
-        "union, float16": FfnCase(17, (64, 96, 160), (50,), shared=True, dtype="float16", gated=False, activation="relu"),
+        "union, float16": FfnCase(
+            17, (64, 96, 160), (50,), shared=True, dtype="float16", gated=False, activation="relu"
+        ),
         "union, bfloat16": FfnCase(9, (64, 96, 64), (50,), shared=True, dtype="bfloat16"),
         "union, blocks of 32": FfnCase(9, (64, 96, 64), (2,), shared=True, block=32),
         "union, 4 bits": FfnCase(17, (160, 192, 70), (77,), shared=True, bits=4, dtype="float16", biased=True),
@@ -184,8 +192,9 @@ CASES: Table = {
         "no expert": FfnCase(3, (33, 64, 37), (0,), block=16, biased=True),
         "7 tokens": FfnCase(7, (33, 64, 37), (0, 1, -1, -2, 2, 3), block=8, biased=True, residual=True, strided=True),
         "33 tokens": FfnCase(33, (64, 160, 96), (0, 1, 2, -1, -2), block=32, activation="gelu_tanh"),
-        "70 tokens, float16": FfnCase(70, (64, 144, 150), (1, 2), block=48, dtype="float16", gated=False,
-                                      activation="relu", biased=True),
+        "70 tokens, float16": FfnCase(
+            70, (64, 144, 150), (1, 2), block=48, dtype="float16", gated=False, activation="relu", biased=True
+        ),
         "bfloat16": FfnCase(20, (64, 128, 64), (1, 2), block=64, dtype="bfloat16"),
         "4 bits": FfnCase(20, (96, 192, 37), (1, 3, 0), block=32, bits=4, biased=True),
         "8 bits": FfnCase(9, (64, 128, 33), (1, -1), block=64, bits=8, group=64, dtype="float16"),
