@@ -80,3 +80,18 @@ def piece_of(table, sequence, position, table_stride, PAGE: tl.constexpr, PAGED:
         page = sequence
         inside = position
     return page, inside
+
+
+def visible(cache: KvView, batch: int, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values [B, longest, kv heads, dh] in float32, 0 where not seen, and what is seen, bool [B, longest]."""
+    at = torch.arange(cache.longest, device=cache.keys.device)[None]
+    lengths = cache.lengths[:, None]
+    seen = (at < lengths) & ((at >= lengths - window) if window else True)
+    if cache.block_table is None:
+        both = [x[:batch].float() for x in (cache.keys, cache.values)]
+    else:
+        # Pages that were never filled may have any number in the table.
+        pages = torch.where(seen.unflatten(1, (-1, cache.page)).any(2), cache.block_table, 0).long()
+        both = [x[pages].flatten(1, 2).float() for x in (cache.keys, cache.values)]
+    keys, values = (torch.where(seen[:, :, None, None], x, 0) for x in both)
+    return keys, values, seen

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from cuda_kernels.activation import tanh
-from cuda_kernels.cache import KvView, piece_of
+from cuda_kernels.cache import KvView, piece_of, visible
 from cuda_kernels.launch import absent, along_last, empty, need_device, up_to_power
 from cuda_kernels.lists import RowList, mask_of_lists
 from cuda_kernels.tune import Choice, pick
@@ -238,18 +238,3 @@ def selective_attention_torch(
         run = run if unit == "head" else run.repeat_interleave(group, 1)
         out = torch.where(run[:, :, None], out, 0)
     return out.to(q.dtype)
-
-
-def visible(cache: KvView, batch: int, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values [B, longest, kv heads, dh] in float32, 0 where not seen, and what is seen, bool [B, longest]."""
-    at = torch.arange(cache.longest, device=cache.keys.device)[None]
-    lengths = cache.lengths[:, None]
-    seen = (at < lengths) & ((at >= lengths - window) if window else True)
-    if cache.block_table is None:
-        both = [x[:batch].float() for x in (cache.keys, cache.values)]
-    else:
-        # Pages that were never filled may have any number in the table.
-        pages = torch.where(seen.unflatten(1, (-1, cache.page)).any(2), cache.block_table, 0).long()
-        both = [x[pages].flatten(1, 2).float() for x in (cache.keys, cache.values)]
-    keys, values = (torch.where(seen[:, :, None, None], x, 0) for x in both)
-    return keys, values, seen

@@ -27,7 +27,7 @@ def _of(kernel: str, *faults: tuple[str, str, str]) -> list[Mutant]:
     return [Mutant(kernel, *fault) for fault in faults]
 
 
-ONE, UNION, AFFINE, TOPK = "sparse_ffn_one", "sparse_ffn_union", "affine", "topk_attention"
+ONE, UNION, AFFINE, TOPK = "sparse_ffn_one", "sparse_ffn_union", "affine", "topk_attention_kernels"
 SELECTIVE = "selective_attention"
 MUTANTS = [
     *_of(
@@ -44,9 +44,9 @@ MUTANTS = [
         (AFFINE, "(rows // GROUP)[:, None, None]", "(rows // GROUP // 2)[:, None, None]"),
         (AFFINE, "at = (column // BW) * words + tile * BW + column % BW", "at = (column % BW) * words + tile * BW + column // BW"),
         (UNION, "start = piece * cut\n", "start = 0\n"),
-        (UNION, "for i in range(0, cuts)", "for i in range(0, 1)"),
+        (UNION, "for i in range(cuts)", "for i in range(1)"),
         (UNION, "tl.minimum(count, (piece + 1) * cut)", "count"),
-        (UNION, "for i in range(cuts, 2 * cuts)", "for i in range(0, cuts)"),
+        (UNION, "range(cuts, 2 * cuts)", "range(cuts)"),
     ),
     *_of(
         "grouped_experts",

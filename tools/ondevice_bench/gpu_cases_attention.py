@@ -70,7 +70,7 @@ class AttentionCase:
         count = n * pages + 2 if self.page else n
         table = rng.permutation(count)[: n * pages].reshape(n, pages)
         stores = [np.full((2, count, page, kv_heads, dh), np.nan, numbers(rng, self.dtype, 1).dtype) for _ in range(2)]
-        idle = ~run.reshape(n, kv_heads, self.shape[0] // kv_heads).any(axis=2)
+        idle: NDArray[np.bool_] = np.logical_not(run.reshape(n, kv_heads, self.shape[0] // kv_heads).any(axis=2))
         found = []
         for i, length in enumerate(self.lengths):
             both = [numbers(rng, self.dtype, length, kv_heads, dh) for _ in range(2)]
