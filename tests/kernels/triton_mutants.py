@@ -1,4 +1,4 @@
-"""Plants faults in the kernels, one at a time, and asks the cases: `python -m tests.kernels.triton_mutants`
+"""Plants faults in the kernels, one at a time, and asks the cases: `python -m tests.kernels.triton_mutants [KERNEL...]`
 
 A fault is a text of one file and what stands in its place. The file is loaded again with it, and what other modules
 have imported from it is exchanged. Each runs in a forked process, for some read memory that is not theirs; a crash, an
@@ -15,7 +15,6 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -45,15 +44,15 @@ def plant(mutant: Mutant, folder: Path) -> None:
     changed = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = changed
     spec.loader.exec_module(changed)
+    before = {name: value for name, value in vars(original).items() if _own(value)}
     for module in [m for name, m in sys.modules.items() if name.startswith("cuda_kernels.")]:
-        _exchange(module, original, changed)
+        for name, value in before.items():
+            if vars(module).get(name) is value:
+                setattr(module, name, getattr(changed, name))
 
 
-def _exchange(module: ModuleType, original: ModuleType, changed: ModuleType) -> None:
-    for name, value in list(vars(original).items()):
-        own = inspect.isfunction(value) or type(value).__module__.startswith("triton.runtime")
-        if own and not name.startswith("__") and vars(module).get(name) is value:
-            setattr(module, name, getattr(changed, name))
+def _own(value: object) -> bool:
+    return inspect.isfunction(value) or type(value).__module__.startswith("triton.runtime")
 
 
 def finds(kernel: str) -> str:
@@ -90,13 +89,13 @@ def found_by(mutant: Mutant) -> str:
     return "" if text in ("", "nothing") else text
 
 
-def main() -> None:
-    """Plants all faults and prints what found them."""
+def main(kernels: list[str]) -> None:
+    """Plants the faults of some kernels, or of all, and prints what found them."""
     torch.set_num_threads(1)
     for kernel in CASES:
         kernel_of(kernel)
     results = []
-    for mutant in MUTANTS:
+    for mutant in [m for m in MUTANTS if not kernels or m.kernel in kernels]:
         case = found_by(mutant)
         print(
             f"{mutant.kernel:20} {case or 'NOT FOUND':36} {mutant.old.strip()!r:.70} -> {mutant.new.strip()!r:.70}",
@@ -107,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -42,7 +42,7 @@ def layer(what: str = "attention", density: float = 0.5) -> dict[str, Any]:
 
 
 def decoded(batch: int) -> dict[str, Any]:
-    speeds = {name: {"tokens_per_s": 10.0 * batch} for name in ("dense_torch", "dense_ours", "polar")}
+    speeds = {name: {"tokens_per_s": 10.0 * batch, "of_copy": 0.5} for name in ("dense_torch", "dense_ours", "polar")}
     own = {"layers_with_own_cache": 3, "layers": 4}
     return {"batch": batch, "heads": 0.5, "rows": 0.1, "error": 0.01, "speedup": 1.5, **own, **speeds}
 
@@ -119,7 +119,7 @@ def test_table() -> None:
     for expected in (
         "## a <GPU>, torch 2", "| k | 1 of 2 | 0.50 |", "failed: k, two: error -, allowed 0.2 ValueError: no",
         "| attention | 0.50 | 2.0000 | 4.0000 | 2.00 | 0.5000 | 0.25 | - |", "failed: attention: not 0", "3000 GB/s",
-        "| 4 | 0.50 | 0.100 | 40.0 | 40.0 | 40.0 | 1.50 | 3 of 4 | 1.0e-02 |", "**decode went wrong**: stopped",
+        "| 4 | 0.50 | 0.100 | 40.0 | 40.0 | 40.0 | 1.50 | 0.50, 0.50 | 3 of 4 | 1.0e-02 |", "**decode went wrong**: stopped",
         "first_product_ms 0.25", "decode took 5 s",
     ):  # fmt: skip
         assert expected in text, expected

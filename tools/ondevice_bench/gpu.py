@@ -44,6 +44,11 @@ def _device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _copied(smoke: bool) -> int:
+    """Bytes of the copy that measures the memory's bandwidth."""
+    return 1 << (20 if smoke else 31)
+
+
 def _parity(part: int, parts: int, seed: int, smoke: bool) -> Iterator[Record]:
     from ondevice_bench.gpu_parity import CASES, parity
 
@@ -58,7 +63,7 @@ def _layers(smoke: bool) -> Iterator[Record]:
     from ondevice_bench.gpu_shapes import LLAMA_7B, OPT_66B, TOY_LAYER, TOY_TOKEN
     from ondevice_bench.gpu_time import copy_bandwidth
 
-    bandwidth = copy_bandwidth(_device(), 1 << (20 if smoke else 31))
+    bandwidth = copy_bandwidth(_device(), _copied(smoke))
     yield {"what": "copy", "bytes_per_s": bandwidth}
     shapes = (TOY_LAYER, TOY_TOKEN) if smoke else (OPT_66B, LLAMA_7B)
     yield from layers(shapes, bandwidth, _device(), smoke)
@@ -67,8 +72,11 @@ def _layers(smoke: bool) -> Iterator[Record]:
 def _decode(smoke: bool) -> Iterator[Record]:
     from ondevice_bench.gpu_decode import decode
     from ondevice_bench.gpu_shapes import OPT_6_7B, TOY_MODEL
+    from ondevice_bench.gpu_time import copy_bandwidth
 
-    yield from decode(TOY_MODEL if smoke else OPT_6_7B, BATCHES[:2] if smoke else BATCHES, _device(), smoke)
+    bandwidth = copy_bandwidth(_device(), _copied(smoke))
+    shape, batches = (TOY_MODEL, BATCHES[:2]) if smoke else (OPT_6_7B, BATCHES)
+    yield from decode(shape, batches, bandwidth, _device(), smoke)
 
 
 def run_stage(stage: str, part: int, parts: int, seed: int, smoke: bool, into: Path) -> None:

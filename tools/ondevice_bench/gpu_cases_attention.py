@@ -99,7 +99,7 @@ class AttentionCase:
         run = self.run_heads(chosen)
         q, query = self.queries(rng, device)
         cached, view = self.cached(rng, device, run)
-        rows = None if chosen is None else row_list(chosen, max([1, *map(len, chosen)]) + 2, device)
+        rows = None if chosen is None else row_list(chosen, max([1, *map(len, chosen)]) + 2, device, padding=0)
         got = fn(query, view, rows, dh**-0.5, self.unit, self.window, self.softcap)
         expected = np.zeros((n, heads, dh))
         for i, (k, v) in enumerate(cached):

@@ -32,6 +32,7 @@ class TopkCase:
     group: int = 1
     strided: bool = False
     odd: bool = False
+    zeros: bool = False
     active: bool = False
     dtype: str = "float32"
     span: int = 100
@@ -43,6 +44,9 @@ class TopkCase:
             scores[:, 1::2] = np.where(scores[:, 1::2] == 1, -0.0, scores[:, 1::2])
             scores[0, -1] = np.inf
             scores[-1, 0] = -np.inf
+        if self.zeros:
+            # Most are zeros of both signs, which are equal, and the k-th largest is one of them.
+            scores = np.where(rng.random(scores.shape) < 0.1, 1, np.copysign(0, scores)).astype(self.dtype)
         active = rng.random(self.n) < 0.5 if self.active else None
         values = scores.astype(np.float64)
         if self.shared:
@@ -77,6 +81,9 @@ class ThresholdCase:
             scores = np.abs(scores)
         if self.n > 2:
             scores[0], scores[1] = -9, 9
+        if self.relative and self.units > 1000:
+            # The largest is in the first block alone.
+            scores[-1, 0] = 99
         values = scores.astype(np.float64)
         largest = values.max(axis=1, keepdims=True) if self.n else values
         mask = (values >= self.threshold * largest) | (values == largest) if self.relative else values > self.threshold
@@ -131,6 +138,8 @@ CASES: Table = {
         "many equal": TopkCase(3, 257, 100, span=3),
         "all equal": TopkCase(2, 300, 7, span=1),
         "several blocks": TopkCase(2, 9001, 1234),
+        "equal across blocks": TopkCase(2, 9001, 4400, span=3),
+        "zeros of both signs": TopkCase(3, 200, 100, zeros=True),
         "infinities, NaN, both zeros": TopkCase(4, 99, 40, odd=True),
         "no token": TopkCase(0, 9, 3),
         "strided": TopkCase(3, 70, 9, strided=True),

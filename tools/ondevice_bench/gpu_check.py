@@ -103,9 +103,9 @@ def lists(rng: np.random.Generator, counts: Sequence[int], units: int, length: i
     return chosen
 
 
-def row_list(chosen: Sequence[Sequence[int]], length: int, device: torch.device) -> RowList:
-    """Lists on the device, padded with an index that must not be read."""
-    indices = np.full((len(chosen), length), NO_INDEX, np.int32)
+def row_list(chosen: Sequence[Sequence[int]], length: int, device: torch.device, padding: int = NO_INDEX) -> RowList:
+    """Lists on the device, padded with an index that must not be read, or with another that must not count."""
+    indices = np.full((len(chosen), length), padding, np.int32)
     for row, units in zip(indices, chosen):
         row[: len(units)] = units
     return RowList(to_device(indices, device), to_device(np.array([len(c) for c in chosen], np.int32), device))

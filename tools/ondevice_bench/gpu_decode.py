@@ -124,7 +124,20 @@ def _caches(shape: Shape, device: torch.device) -> list[torch.Tensor]:
     return [torch.empty(sizes, dtype=HALF, device=device).normal_() for _ in range(count)]
 
 
-def decode(shape: Shape, batches: tuple[int, ...], device: torch.device, smoke: bool) -> Iterator[Record]:
+def moved(shape: Shape, kept: tuple[int, int] | None) -> int:
+    """Bytes of weights, keys and values that a step reads: of all layers and the head."""
+    heads, neurons = kept or (shape.heads, shape.ffn)
+    d, rank = shape.d, shape.rank
+    routers = (rank * (d + shape.ffn) + shape.heads * d) if kept else 0
+    weights = shape.layers * (4 * d * d + 2 * neurons * d + routers) + shape.vocab * d
+    # The first layer's attention is dense.
+    units = heads * (shape.layers - 1) + shape.heads
+    return 2 * (weights + 2 * shape.batch * shape.seen * shape.dh * units)
+
+
+def decode(
+    shape: Shape, batches: tuple[int, ...], bandwidth: float, device: torch.device, smoke: bool
+) -> Iterator[Record]:
     """Tokens per second by batch size: dense with torch's attention and with ours, and Polar."""
     model = Model(shape, device)
     for batch in batches:
@@ -143,7 +156,10 @@ def decode(shape: Shape, batches: tuple[int, ...], device: torch.device, smoke: 
         steps = {"dense_torch": (None, False), "dense_ours": (None, True), "polar": (kept, True)}
         for name, (what, ours) in steps.items():
             time = timed(Step(model, now, caches, what, ours), device, calls=1, repeats=3 if smoke else 7)
-            record[name] = {"ms": time.ms, "low": time.low, "high": time.high, "tokens_per_s": 1e3 * batch / time.ms}
+            size = moved(now, what)
+            speed = {"tokens_per_s": 1e3 * batch / time.ms, "bytes": size}
+            speed["of_copy"] = size / (time.ms * 1e-3) / bandwidth
+            record[name] = {"ms": time.ms, "low": time.low, "high": time.high, **speed}
         best = min(record["dense_torch"]["ms"], record["dense_ours"]["ms"])
         record["speedup"] = best / record["polar"]["ms"]
         yield record

@@ -7,6 +7,7 @@ reads, so a kernel that only reads may come out a little below it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ondevice_bench.gpu_shapes import DENSITIES, Shape
 from ondevice_bench.gpu_time import Time, timed
 
 HALF = torch.float16
+GROUP = 32
 Record = dict[str, Any]
 
 
@@ -100,38 +102,52 @@ def union_rows(shape: Shape, bandwidth: float, device: torch.device, densities: 
         yield _record("rows of a batch", kept / shape.ffn, time, dense, 2 * 2 * kept * shape.d, bandwidth, error)
 
 
-def token_rows(
-    shape: Shape, bits: int, bandwidth: float, device: torch.device, densities: Sequence[float]
-) -> Iterator[Record]:
-    """The three products of a gated FFN for one token, beside dense float16 ones of torch."""
-    d, ffn, group = shape.d, shape.ffn, 32
-    x = torch.randn(1, d, dtype=HALF, device=device)
+def _token_ffn(shape: Shape, bits: int, device: torch.device) -> tuple[list[torch.Tensor], PackedFfn]:
+    """Random gate, up and turned down in float16, and an FFN of them; of other random codes where quantized."""
+    d, ffn, group = shape.d, shape.ffn, GROUP
     plain = [torch.randn(ffn, d, dtype=HALF, device=device) * d**-0.5 for _ in range(3)]
     matrices = [Matrix(m) for m in plain]
     if bits:
-        words = [torch.randint(-(2**31), 2**31 - 1, (ffn, d * bits // 32), dtype=torch.int32, device=device)
-                 for _ in range(3)]  # fmt: skip
-        shapes = [(ffn, d // group), (ffn, d // group), (ffn // group, d)]
-        matrices = [Matrix(w, *(torch.randn(*s, dtype=HALF, device=device) * 0.01 for _ in range(2)))
-                    for w, s in zip(words, shapes)]  # fmt: skip
-    packed = PackedFfn(matrices[0], matrices[1], matrices[2], None, None, None, (d, ffn, d), bits, group, 1, False)
-    silu = torch.nn.functional.silu
-    dense = timed(lambda: (silu(x @ plain[0].t()) * (x @ plain[1].t())) @ plain[2], device, calls=16)
+        sizes = [(ffn, d // group), (ffn, d // group), (ffn // group, d)]
+        matrices = []
+        for size in sizes:
+            words = torch.randint(-(2**31), 2**31 - 1, (ffn, d * bits // 32), dtype=torch.int32, device=device)
+            matrices.append(Matrix(words, *(torch.randn(*size, dtype=HALF, device=device) * 0.01 for _ in range(2))))
+    return plain, PackedFfn(*matrices, None, None, None, (d, ffn, d), bits, group if bits else 1, 1, False)
+
+
+def token_rows(
+    shape: Shape, bits: int, bandwidth: float, device: torch.device, densities: Sequence[float], copies: int
+) -> Iterator[Record]:
+    """The three products of a gated FFN for one token, beside dense float16 ones of torch.
+
+    Layers take turns, each with a list of its own: a tenth of one would stay in the L2 cache.
+    """
+    d, ffn, silu = shape.d, shape.ffn, torch.nn.functional.silu
+    x = torch.randn(1, d, dtype=HALF, device=device)
+    layers = [_token_ffn(shape, bits, device) for _ in range(copies)]
+    turn = cycle(plain for plain, _ in layers)
+
+    def dense_call() -> torch.Tensor:
+        gate, up, down = next(turn)
+        return (silu(x @ gate.t()) * (x @ up.t())) @ down
+
+    dense = timed(dense_call, device, calls=copies)
     name = f"rows of a token, {bits} bits" if bits else "rows of a token"
     yield {"what": f"{name}, torch", "ms": dense.ms, "low": dense.low, "high": dense.high}
     for density in densities:
         kept = max(1, round(density * ffn))
-        rows = random_lists(1, ffn, kept, device)
+        lists = [random_lists(1, ffn, kept, device) for _ in layers]
         error, size = float("nan"), 3 * 2 * kept * d
         if bits:
-            groups = len(torch.unique(rows.indices // group))
-            size = 3 * kept * d * bits // 8 + 2 * kept * d // group * 4 + groups * d * 4
+            groups = len(torch.unique(lists[0].indices // GROUP))
+            size = 3 * kept * d * bits // 8 + 2 * kept * d // GROUP * 4 + groups * d * 4
         else:
-            chosen = rows.indices[0].long()
-            gate, up, down = (m[chosen].float() for m in plain)
-            error = _off(sparse_ffn_rows(x, packed, rows, "silu"),
-                         (silu(x.float() @ gate.t()) * (x.float() @ up.t())) @ down)  # fmt: skip
-        time = timed(lambda rows=rows: sparse_ffn_rows(x, packed, rows, "silu"), device, calls=16)  # type: ignore[misc]
+            gate, up, down = (m[lists[0].indices[0].long()].float() for m in layers[0][0])
+            expected = (silu(x.float() @ gate.t()) * (x.float() @ up.t())) @ down
+            error = _off(sparse_ffn_rows(x, layers[0][1], lists[0], "silu"), expected)
+        turns = cycle(zip((packed for _, packed in layers), lists))
+        time = timed(lambda turns=turns: sparse_ffn_rows(x, *next(turns), "silu"), device, calls=copies)  # type: ignore[misc]
         yield _record(name, kept / ffn, time, dense, size, bandwidth, error)
 
 
@@ -156,7 +172,7 @@ def layers(shapes: tuple[Shape, Shape], bandwidth: float, device: torch.device, 
     densities = (0.3, 1.0) if smoke else DENSITIES
     yield from attention(batch, bandwidth, device, densities)
     yield from union_rows(batch, bandwidth, device, densities)
-    yield from selectors(batch, bandwidth, device)
     few = densities if smoke else (0.1, 0.25, 0.5, 1.0)
     for bits in (0, 4):
-        yield from token_rows(token, bits, bandwidth, device, few)
+        yield from token_rows(token, bits, bandwidth, device, few, copies=2 if smoke else 12)
+    yield from selectors(batch, bandwidth, device)
