@@ -112,6 +112,6 @@ MUTANTS = [
         (TOPK, "weight = tl.where(kept, tl.exp(score - largest[:, None]), 0.0)", "weight = tl.where(mask, tl.exp(score - largest[:, None]), 0.0)"),
         (TOPK, "tl.where(mask, apart * apart * has[None, :], 0.0)", "0.0"),
         (TOPK, "rest = r + tl.arange(0, BREST)", "rest = tl.arange(0, BREST)"),
-        (TOPK, "mine = (row < GROUP)[:, None] & (dim < r)[None, :]", "mine = (row < GROUP)[:, None] & (dim < BD)[None, :]"),
+        (TOPK, "tl.where(seen[None, :], score - own[:, None], 0.0)", "score - own[:, None]"),
     ),
 ]  # fmt: skip

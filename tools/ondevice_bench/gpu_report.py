@@ -60,7 +60,8 @@ def _layers(records: list[Record]) -> list[str]:
 
 def _decode(records: list[Record]) -> list[str]:
     head = ["batch", "heads", "neurons", "dense, torch attention tok/s", "dense, our attention tok/s", "polar tok/s",
-            "speed-up over the faster dense", "of copy: dense, polar", "layers with own KV", "error of all selected"]  # fmt: skip
+            "speed-up over the faster dense", "of copy: dense, polar", "layers with own KV",
+            "error of all selected"]  # fmt: skip
     rows = []
     for r in records:
         speeds = [f"{r[name]['tokens_per_s']:.1f}" for name in ("dense_torch", "dense_ours", "polar")]
