@@ -28,7 +28,9 @@ class AttentionCase:
         lengths: of the sequences.
         counts: units of each list, in turn; None for no lists.
         page: positions of a page; 0 for a cache that is one piece for each sequence.
-        layers: of a cache that the keys are a part of, so that they are strided.
+        strided: queries and a cache with other numbers between them.
+        repeated: lists that name a unit twice.
+        growing: keys whose length grows.
     """
 
     shape: tuple[int, int, int]
@@ -41,6 +43,7 @@ class AttentionCase:
     softcap: float = 0.0
     strided: bool = False
     repeated: bool = False
+    growing: bool = False
 
     @property
     def units(self) -> int:
@@ -74,6 +77,9 @@ class AttentionCase:
         found = []
         for i, length in enumerate(self.lengths):
             both = [numbers(rng, self.dtype, length, kv_heads, dh) for _ in range(2)]
+            if self.growing:
+                # The largest score is among the last keys, so what came before must shrink.
+                both[0] = (both[0] * np.linspace(0.5, 2, length)[:, None, None]).astype(both[0].dtype)
             found.append((both[0].astype(np.float64), both[1].astype(np.float64)))
             at = np.arange(length)
             for store, part in zip(stores, both):
@@ -199,7 +205,7 @@ CASES: Table = {
         "a window": AttentionCase((4, 2, 32), (*RAGGED, 300), window=33),
         "a window of several chunks": AttentionCase((2, 2, 32), DEEP, (1,), window=400, softcap=3.0),
         "several chunks": AttentionCase((4, 2, 32), DEEP, (2, 1, -2)),
-        "more chunks than are merged at a time": AttentionCase((1, 1, 16), (4400,), None),
+        "more chunks than are merged at a time": AttentionCase((1, 1, 16), (4400,), None, growing=True),
         "pages of 16": AttentionCase((4, 2, 32), RAGGED, page=16),
         "pages of 128": AttentionCase((4, 2, 32), (300, 5), page=128),
         "float16": AttentionCase((8, 4, 64), (*RAGGED, 600), dtype="float16"),
