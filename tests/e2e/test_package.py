@@ -10,7 +10,16 @@ import zipfile
 from pathlib import Path
 
 REPO = Path(__file__).parents[2]
-EXPECTED = {"ondevice", "ondevice_bench", "ondevice_chat", "ondevice_eval", "cpu_kernels", "metal_kernels"}
+EXPECTED = {
+    "ondevice",
+    "ondevice_bench",
+    "ondevice_chat",
+    "ondevice_convert",
+    "ondevice_eval",
+    "cpu_kernels",
+    "cuda_kernels",
+    "metal_kernels",
+}
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
