@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ondevice.decoder import Decoder
+from ondevice.machine import memory_bytes
 from ondevice.sparsity.break_even import MARGINS
 from ondevice_convert.allocation import DENSE, LayerChoices, allocate, interpolated
 from ondevice_convert.fit_threshold import fit_cats_layers, fit_cats_plans, fit_exact
@@ -28,7 +29,11 @@ REFERENCE = 0.5
 CURVE = (0.9, 0.7, 0.5, 0.3)
 COST_TOKENS = 512
 TUNING_WINDOWS, CURVE_WINDOWS = 8, 4
-TRIES = 4
+TRIES = 3
+TESTS = 3 * (TRIES + 2)
+"""Candidates that may be measured on the unseen text, at most: the method, a sketched head and both, in each round."""
+CONFIDENCE = 1 - 0.05 / TESTS
+"""Of each bound, such that all of them hold together with 95 % (Bonferroni): what passes was picked by them."""
 FIRST_SHARE, BACK_OFF = 0.8, 0.6
 """Part of the budget that layers get at first, since their costs only roughly add up, and of that at each new try."""
 WORTH = 1.02
@@ -117,12 +122,14 @@ class Budget:
         if exact is not None:
             yield exact
         layers, share = self._choices(), FIRST_SHARE
+        seen: list[float] = []
         for _ in range(TRIES):
-            fitted = self._tuned(layers, share)
-            if fitted is None:
+            fitted, share = self._tuned(layers, share)
+            densities = list(fitted.method.densities or ()) if fitted else []
+            if fitted is None or densities == seen:
                 break
             yield fitted
-            share *= BACK_OFF
+            seen, share = densities, share * BACK_OFF
         yield None
 
     def _best_of(self, fitted: Fitted | None, tried: set[str]) -> Choice | None:
@@ -143,7 +150,8 @@ class Budget:
                 quick = sketched if planned is skipping else trial.sketched(planned)
                 assert quick is not None
                 candidates.append((method, True, sketched, quick))
-        qualities = trial.quality([c[2] for c in candidates], texts.unseen, texts.window, "on unseen text")
+        judged = [c[2] for c in candidates]
+        qualities = trial.quality(judged, texts.unseen, texts.window, "on unseen text", CONFIDENCE)
         dense, *speeds = trial.speeds([c[3] for c in candidates])
         best, highest = None, 0.0
         for (method, sketch, _, _), quality, speed in zip(candidates, qualities, speeds):
@@ -201,30 +209,38 @@ class Budget:
             )
         return layers if paying else []
 
-    def _tuned(self, layers: list[LayerChoices], share: float) -> Fitted | None:
+    def _tuned(self, layers: list[LayerChoices], share: float) -> tuple[Fitted | None, float]:
         """Densities for which the rise on the tuning text is within the budget; None where all layers end dense.
 
-        share: part of the budget that costs, which only roughly add up, may take at first.
+        Args:
+            share: part of the budget that costs, which only roughly add up, may take at first.
+
+        Returns:
+            The method, and the share that led to it.
         """
         for _ in range(TRIES):
             densities = allocate(layers, share * math.log1p(self.rise))
             if not layers or min(densities) >= DENSE:
-                return None
+                break
             fitted = fit_cats_layers(self.trial.base, self.samples, densities, progress=self.trial.progress)
             decoder = self.trial.decoder(fitted)
             quality = self.trial.quality([decoder], self._tuning, self.texts.window, "while tuning")[0]
             if quality.rise_upper is not None and quality.rise_upper <= self.rise:
-                return fitted
+                return fitted, share
             share *= BACK_OFF
-        return None
+        return None, share
 
     def _draw(self, fits: Sequence[Fitted]) -> None:
         """The curve of quality and speed over density, of models with all layers at the densities of `CURVE`."""
-        decoders = [self.trial.decoder(fitted) for fitted in fits]
         some = self._tuning[: CURVE_WINDOWS * self.texts.window]
-        qualities = self.trial.quality(decoders, some, self.texts.window, "over density")
-        speeds = self.trial.speeds(decoders)[1:]
-        self.curve = tuple(Point(*found) for found in zip(CURVE, qualities, speeds))
+        available, points = memory_bytes()[1], []
+        scarce = available is not None and 2 * len(fits) * self.trial.base.nbytes > available
+        together = 1 if scarce else len(fits)
+        for start in range(0, len(fits), together):
+            decoders = [self.trial.decoder(fitted) for fitted in fits[start : start + together]]
+            qualities = self.trial.quality(decoders, some, self.texts.window, "over density")
+            points += list(zip(qualities, self.trial.speeds(decoders)[1:]))
+        self.curve = tuple(Point(density, *point) for density, point in zip(CURVE, points))
 
 
 def _gain(ratios: dict[float, float] | None, density: float) -> float:

@@ -54,7 +54,9 @@ class Changed(Checkpoint):
             return tensor
         if not isinstance(tensor, Quantized):
             return tensor[:, order]
-        return quantize(dequantize(tensor)[:, order], tensor.bits, tensor.group_size, np.float32)
+        # As precise as they were: sums of a 16-bit scale and another float need 32 bits, and are rare.
+        dtype = tensor.scales.dtype if tensor.super_scales is None else np.float16
+        return quantize(dequantize(tensor)[:, order], tensor.bits, tensor.group_size, dtype)
 
     def release(self, name: str) -> None:
         if name not in self.added:

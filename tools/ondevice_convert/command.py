@@ -54,7 +54,7 @@ class Percent(click.ParamType[float]):
     show_default=True,
     help="Of the text to calibrate on, spread evenly over it.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", default=0, show_default=True, help="Of the text that the model writes, where none is given.")
 @click.option("-t", "--threads", type=click.IntRange(1), envvar="ONDEVICE_THREADS", help="Of the CPU backend.")
 @json_option
 def convert(
@@ -78,16 +78,16 @@ def convert(
 
     \b
     Methods:
-      auto                      the fastest on this machine within --budget
+      auto                      relu's zeros, single neurons, a sketched head: the fastest within --budget here
       cats:density=0.5          neurons by one of their factors (first=best|gate|up|published)
       teal:density=0.5          inputs of linears by their size (linears=q+k+v+o+gate+up+down)
       lte:density=0.5           groups of neurons by a linear router (block=32, order=cofiring|clustered|model)
       d2dmoe:tau=0.1            experts by their predicted norm (block=32, width=128, or density=0.5 for tau)
       polar:heads=0.7           heads for each sequence, and neurons of relu models (recall=0.99, batches=1+8+32)
 
-    --budget is a promise: the upper end of a one-sided 95 % interval of the rise of perplexity, from the differences of
-    windows of unseen text, lies below it. Skipping that is not faster on this machine is refused, and the report says
-    by how much.
+    --budget is a promise: the upper end of a one-sided 95 % interval of the rise of perplexity over the dense model (with
+    --bits, over that model rounded), from the differences of windows of unseen text, lies below it. Skipping that is not
+    faster on this machine is refused, and the report says by how much.
 
     A conversion that was killed goes on when it is called again in the same way. While it runs, what it has found lies
     in hidden files beside the folder.

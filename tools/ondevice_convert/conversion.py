@@ -16,19 +16,24 @@ from typing import Any
 from ondevice import __version__
 from ondevice.checkpoint import open_checkpoint, store
 from ondevice.checkpoint.base import Checkpoint
+from ondevice.checkpoint.progress import folder_size
 from ondevice.checkpoint.writer import write_checkpoint
 from ondevice.commands.method_option import MethodOption
 from ondevice.errors import OndeviceError
 from ondevice.spec import ModelSpec
+from ondevice.spec_hub import as_on_hub, config_from_spec
 from ondevice_convert.card import copy_licences, model_card
 from ondevice_convert.changed import Changed
 from ondevice_convert.fitted import Fitted
 from ondevice_convert.methods import check
-from ondevice_convert.recipe import group_for
+from ondevice_convert.recipe import group_for, make_recipe
+from ondevice_convert.requantized import Requantized
 from ondevice_convert.search import Search, told_name
 from ondevice_convert.texts import read_text
 from ondevice_convert.work import Work
 
+SAMPLE_BYTES = 1 << 28
+"""About what samples take while a conversion runs; deep and wide models take up to 2 GiB."""
 Progress = Callable[[int, int, str], None]
 
 
@@ -81,18 +86,35 @@ def convert(job: Job, progress: Progress) -> Path:
     path = store.pull(job.source, progress, partial(_check, job))
     with open_checkpoint(path) as source:
         _check(job, source.spec)
+        config_from_spec(as_on_hub(source.spec))  # refuses what no folder can say
         group_size = None if job.bits is None else group_for(source, job.bits, job.group_size)
         _check_space(source, job)
         work = Work(job.target, _digest(job, source, text))
-        search = Search(job, source, group_size, work, text, progress)
-        outcome = work.outcome(source.spec)
-        if outcome is None:
-            found = search.run()
-            work.keep_outcome(*found)
-            outcome = found[:2]
-        _write(job, source, search.base, work, *outcome, progress)
+        try:
+            base = _decide(job, source, group_size, work, text, progress)
+            outcome = work.outcome(source.spec)
+            assert outcome is not None
+            _write(job, source, base, work, *outcome, progress)
+        except BaseException:
+            work.give_up()
+            raise
         work.close()
     return job.target
+
+
+def _decide(
+    job: Job,
+    source: Checkpoint,
+    group_size: int | None,
+    work: Work,
+    text: tuple[str, str] | None,
+    progress: Progress,
+) -> Checkpoint:
+    """Finds the outcome, unless it was found before. Returns the dense model as it is rounded; nothing stays packed."""
+    search = Search(job, source, group_size, work, text, progress)
+    if work.outcome(source.spec) is None:
+        work.keep_outcome(*search.run())
+    return search.base
 
 
 def _check(job: Job, spec: ModelSpec) -> None:
@@ -108,10 +130,15 @@ def _check(job: Job, spec: ModelSpec) -> None:
 
 def _check_space(source: Checkpoint, job: Job) -> None:
     folder = next(parent for parent in job.target.absolute().parents if parent.exists())
-    free, needed = shutil.disk_usage(folder).free, source.nbytes
-    if job.bits is not None:
-        weights = sum(prod(shape) for shape in source.spec.tensors().values())
-        needed = min(needed, int(weights * (job.bits + 1) / 8))
+    weights = sum(prod(shape) for shape in source.spec.tensors().values())
+    if job.bits is None:
+        needed = Requantized(source, make_recipe(source, None).forms).nbytes
+    else:
+        needed = min(source.nbytes, int(weights * (job.bits + 1) / 8))
+    # Samples, and routers of a few percent.
+    needed += needed // 20 + SAMPLE_BYTES if job.sparsity else 0
+    hidden = [job.target.with_name(f".{job.target.name}.{kind}") for kind in ("work", "partial")]
+    free = shutil.disk_usage(folder).free + sum(folder_size(path) for path in hidden)
     if needed > free:
         raise OndeviceError(
             f"{job.target}: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space or "
@@ -158,7 +185,7 @@ def _write(
         config_extra=extra,
         generation_config=base.generation_config,
         progress=progress,
-        job=work.job,
+        job=work.decided,
         release=made.release,
         finish=finish,
     )

@@ -33,6 +33,8 @@ POLAR_PLACES = ("attention", "o", "ffn")
 """What `gather` must have kept."""
 OF_NEURONS, OF_HEADS = ("recall", "rank", "batches"), ("unit", "dense_layers")
 RANK = 1024
+LARGEST_BATCH = 256
+"""Recall is measured on batches of held-out samples, of which there must be some."""
 
 
 def fit_polar(base: Checkpoint, samples: Samples, option: MethodOption, progress: Progress = None) -> Fitted:
@@ -158,8 +160,10 @@ def _dense_layers(option: MethodOption, spec: ModelSpec) -> tuple[int, ...]:
 
 def _batches(option: MethodOption) -> list[int]:
     text = option.values["batches"]
-    if not all(re.fullmatch(r"[1-9]\d{0,5}", part) for part in text.split("+")):
-        raise OptionError(f"--sparsity {option.text}: batches is {text!r}; give sizes with + between, as 1+8+32")
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", part) and int(part) <= LARGEST_BATCH for part in text.split("+")):
+        raise OptionError(
+            f"--sparsity {option.text}: batches is {text!r}; give sizes up to {LARGEST_BATCH} with + between, as 1+8+32"
+        )
     return sorted({int(part) for part in text.split("+")})
 
 

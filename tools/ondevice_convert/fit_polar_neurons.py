@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
 from ondevice.checkpoint.base import Checkpoint
@@ -20,6 +19,7 @@ from ondevice_convert.fitted import LayerFit
 from ondevice_convert.held_out import Floats, apart
 from ondevice_convert.judged import Mask, judge, part_lost
 from ondevice_convert.neurons import Neurons
+from ondevice_convert.ridge import reduced_rank
 from ondevice_convert.samples import Samples
 
 RIDGE = 0.1
@@ -75,7 +75,7 @@ def fit_neurons(
         )
     neurons = Neurons.of(base, layer)
     like = base.tensor(f"layers.{layer}.up.weight")
-    matrices = [_stored(w, like) for w in _reduced_rank(x, _active(neurons, inputs), rank, RIDGE)]
+    matrices = [_stored(w, like) for w in reduced_rank(x, _active(neurons, inputs), rank, RIDGE)]
     first, second = (dequantize(w) for w in matrices)
     logits = x_held_out @ first.T @ second.T
     gate, up = neurons.factors(inputs_held_out)
@@ -138,17 +138,3 @@ def _stored(w: Floats, like: Tensor) -> Tensor:
         return w.astype(like.dtype)
     group = next((size for size in sorted(GROUP_SIZES, reverse=True) if w.shape[1] % size == 0), None)
     return w.astype(np.float16) if group is None else quantize(w, BITS, group)
-
-
-def _reduced_rank(x: Floats, y: Floats, rank: int, ridge: float) -> tuple[Floats, Floats]:
-    """Matrices [rank, d] and [m, rank] whose product predicts y [n, m] of x [n, d] best, without an intercept.
-
-    Source: Izenman, Reduced-rank regression for the multivariate linear model (1975), section 2.
-    """
-    gram = (x.T @ x / len(x)).astype(np.float64)
-    gram[np.diag_indices_from(gram)] += ridge * np.trace(gram) / len(gram)
-    lower = scipy.linalg.cholesky(gram, lower=True)
-    whole = scipy.linalg.solve_triangular(lower, x.T @ y / len(x), lower=True)
-    main = scipy.linalg.eigh(whole @ whole.T, subset_by_index=(max(0, len(gram) - rank), len(gram) - 1))[1]
-    first = scipy.linalg.solve_triangular(lower, main, lower=True, trans="T").T
-    return first.astype(np.float32), (main.T @ whole).T.astype(np.float32)

@@ -26,7 +26,8 @@ class Quality:
         perplexity: exp of the mean negative log-likelihood of a token.
         stderr: of the perplexity, windows taken as independent; None for one window.
         rise: of the perplexity over the dense model's, as a part of it.
-        rise_upper: upper bound of the rise that holds with 95 % confidence, from each window's difference.
+        rise_upper: upper bound of the rise, from each window's difference, that holds with a confidence of 95 %: where
+            one of several candidates was picked, for all of them together.
         kl: mean KL(dense || model) of a token, nats.
         agreement: part of the tokens where both find the same word most likely.
         density: what the model kept, by what it is: "ffn", "inputs", "heads".
@@ -43,10 +44,10 @@ class Quality:
     tokens: int
 
     @classmethod
-    def of(cls, scores: Scores, density: dict[str, float]) -> Quality:
+    def of(cls, scores: Scores, density: dict[str, float], confidence: float) -> Quality:
         """From the sums over windows."""
         perplexity, error = float(np.exp(scores.nll)), scores.nll_stderr
-        upper = scores.rise_upper() if len(scores.windows) > 1 else None
+        upper = scores.rise_upper(confidence) if len(scores.windows) > 1 else None
         return cls(
             perplexity,
             None if error is None else perplexity * error,
@@ -66,6 +67,7 @@ def compare(
     window: int,
     progress: Progress | None = None,
     label: str = "measuring quality",
+    confidence: float = 0.95,
 ) -> list[Quality]:
     """Scores models beside the dense one. Methods that skip in decoding only are computed token by token.
 
@@ -75,6 +77,7 @@ def compare(
         tokens: the text.
         window: tokens of a window; the first of each is not scored.
         progress: called with (tokens done, tokens in all, label).
+        confidence: of each upper bound.
     """
     scores, kept = [Scores() for _ in others], [Kept() for _ in others]
     caches = [decoder.new_cache(1, min(window, len(tokens))) for decoder in (dense, *others)]
@@ -97,7 +100,7 @@ def compare(
             done += len(ids)
             if progress:
                 progress(done, len(tokens) * len(others), label)
-    return [Quality.of(own, parts.densities()) for own, parts in zip(scores, kept)]
+    return [Quality.of(own, parts.densities(), confidence) for own, parts in zip(scores, kept)]
 
 
 class Kept:

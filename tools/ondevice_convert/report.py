@@ -149,6 +149,7 @@ def _layer_table(layers: Sequence[LayerFit]) -> str:
     rows = [
         {
             "layer": str(fit.layer),
+            "of": fit.what if fit.unit == 1 else f"{fit.what}, {fit.unit} together",
             "kept": f"{fit.density:.3f}",
             "recall": f"{fit.recall:.3f}",
             "lost": f"{fit.lost:.5f}",

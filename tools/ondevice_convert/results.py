@@ -66,6 +66,8 @@ def results(
     model: str, text: Path, output: Path, tokens: int, windows: int, densities: str, methods: str, threads: int | None
 ) -> None:
     """Convert MODEL by every method that applies at 30 to 90 %, and tabulate quality against decode speed."""
+    if not output.absolute().parent.is_dir():
+        raise click.UsageError(f"-o {output}: there is no such folder.")
     chosen = {
         name: pattern
         for name, pattern in METHODS.items()

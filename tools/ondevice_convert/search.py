@@ -67,6 +67,8 @@ class Search:
     def run(self) -> tuple[Fitted | None, bool, Report]:
         """The method, whether the head is sketched, and the report."""
         job = self.job
+        if self.text is not None:
+            self._texts(None)  # a text that is too short is refused before any work
         if job.sparsity is None and self.text is None:
             return None, False, Report(self._made(None), self._weights(), notes=self._all_notes())
         trial = self._trial(self.base)
@@ -77,7 +79,7 @@ class Search:
         samples = self._samples(trial, texts)
         if job.sparsity.method == AUTO:
             choice = Budget(trial, samples, texts, job.budget).choose()
-            return self._chosen(texts, samples, choice)
+            return self._chosen(trial, texts, samples, choice)
         fitted = KINDS[job.sparsity.method].fit(self.base, samples, job.sparsity, self.progress)
         return fitted, False, self._measured(trial, texts, samples, fitted)
 
@@ -98,7 +100,8 @@ class Search:
             return Recipe.of(found[1])
         assert self.group_size is not None
         before = self._trial(self.source)
-        samples = gather(before.dense, self._texts(before).fit, PLACES, POSITIONS, self.progress)
+        texts = self._texts(before)
+        samples = gather(before.dense, texts.fit, PLACES, POSITIONS, self.progress)
         sensitivity = measure_sensitivity(self.source, samples, self.group_size, self.progress)
         recipe = make_recipe(self.source, job.bits, self.group_size, sensitivity)
         self.work.keep("recipe", {}, recipe.document())
@@ -114,15 +117,20 @@ class Search:
             return Trial(checkpoint, self._before.ops, self.progress)
         return Trial.of(checkpoint, "cpu", self.job.threads, self.progress)
 
-    def _texts(self, trial: Trial) -> Texts:
+    def _texts(self, trial: Trial | None) -> Texts:
+        """The text; a trial's dense model writes one, once for a job, where none was given."""
         if self._read is None:
             job, tokenizer, context = self.job, self.source.tokenizer(), self.source.spec.context_length
             if self.text is not None:
                 assert job.text is not None
                 self._read = split_text(*self.text, job.text, tokenizer, job.tokens, context)
             else:
+                self._read = self.work.texts()
+            if self._read is None:
+                assert trial is not None
                 model = Model(job.source, self.source.path, trial.dense, tokenizer)
                 self._read = written_text(model, job.tokens, job.seed, self.progress)
+                self.work.keep_texts(self._read)
         return self._read
 
     def _samples(self, trial: Trial, texts: Texts) -> Samples:
@@ -137,14 +145,13 @@ class Search:
 
     def _rounding(self, trial: Trial, texts: Texts) -> None:
         """What rounding costs by itself."""
+        before, self._before = self._before or Trial(self.source, trial.ops, self.progress), None
         if not self.base.changes:
             return
         available = memory_bytes()[1]
         if available is not None and 2 * self.source.nbytes > available:
             self.notes.append("what rounding costs was not measured: the model before it does not fit into memory too")
             return
-        before = self._before or Trial(self.source, trial.ops, self.progress)
-        self._before = None
         label = "measuring what rounding costs"
         found = compare(before.dense, [trial.dense], texts.unseen, texts.window, self.progress, label)
         self.quality[ROUNDED] = found[0]
@@ -160,10 +167,16 @@ class Search:
         dense, speed = trial.speeds([trial.decoder(fitted, "auto")])
         return self._report(texts, samples, fitted, (dense, speed))
 
-    def _chosen(self, texts: Texts, samples: Samples, choice: Choice) -> tuple[Fitted | None, bool, Report]:
+    def _chosen(
+        self, trial: Trial, texts: Texts, samples: Samples, choice: Choice
+    ) -> tuple[Fitted | None, bool, Report]:
         """The report of what a budget allowed."""
         if choice.quality is not None:
             self.quality[UNSEEN] = choice.quality
+        if choice.fitted is not None:
+            some = texts.fit[: FITTED_WINDOWS * texts.window]
+            decoder = trial.decoder(choice.fitted)
+            self.quality[FITTED] = trial.quality([decoder], some, texts.window, "on fitted text")[0]
         report = self._report(texts, samples, choice.fitted, choice.speeds, choice)
         return choice.fitted, choice.sketch_head, report
 
@@ -188,13 +201,15 @@ class Search:
             "model": told_name(job.source),
             "licence": self.source.about().get("licence") or "not stated",
             "bits": job.bits or "as they were",
-            "group_size": job.group_size or "as they were",
+            "group_size": self.group_size or "as they were",
             "sparsity": job.sparsity.text if job.sparsity else "dense",
+            "tokens": job.tokens,
             "seed": job.seed,
             "processor": cpu_name(),
         }
         if job.sparsity and job.sparsity.method == AUTO:
-            made["budget"] = f"{100 * job.budget:g} % of perplexity, by the upper 95 % bound"
+            over = "the rounded model" if self.base.changes else "the dense model"
+            made["budget"] = f"{100 * job.budget:g} % of perplexity over {over}, by the upper 95 % bound"
         if texts is not None:
             made |= {
                 "text": texts.origin,

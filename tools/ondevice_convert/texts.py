@@ -107,7 +107,7 @@ def written_text(model: Model, most: int, seed: int, progress: Progress | None =
         ids += _sampled(model, prompts, length, seed + 1000 * round_of)
         round_of += 1
         if progress:
-            progress(len(ids), most, "writing a text to calibrate on")
+            progress(len(ids), min(most, WRITTEN), "writing a text to calibrate on")
     digest = hashlib.sha256(np.asarray(ids, np.int64).tobytes()).hexdigest()
     return _parts(ids, most, model.spec.context_length, "written by the model itself", digest)
 

@@ -83,9 +83,12 @@ class Trial:
         found = BreakEvens(changed, self.ops, changed.spec, SparsitySettings(), self.progress)
         return [found.ratios(i) for i in range(changed.spec.n_layers)]
 
-    def quality(self, others: Sequence[Decoder], tokens: Sequence[int], window: int, what: str) -> list[Quality]:
+    def quality(
+        self, others: Sequence[Decoder], tokens: Sequence[int], window: int, what: str, confidence: float = 0.95
+    ) -> list[Quality]:
         """Of models beside the dense one; see `compare`."""
-        return compare(self.dense, others, tokens, window, self.progress, f"measuring quality {what}")
+        label = f"measuring quality {what}"
+        return compare(self.dense, others, tokens, window, self.progress, label, confidence)
 
     def speeds(self, others: Sequence[Decoder]) -> list[Speed]:
         """Of the dense model and others; see `in_turns`."""
