@@ -11,7 +11,6 @@ import numpy as np
 from ondevice.checkpoint.base import Checkpoint
 from ondevice_convert.cats_layer import BEST, CatsLayer
 from ondevice_convert.granularity import Granularity, granularity, why_refused
-from ondevice_convert.orders import ORDERS
 from ondevice_convert.samples import Samples
 
 Progress = Callable[[int, int, str], None]
@@ -44,7 +43,7 @@ def blocks_table(base: Checkpoint, samples: Samples, progress: Progress) -> Bloc
     """
     n_layers = base.spec.n_layers
     layers = sorted({round(i * (n_layers - 1) / max(1, LAYERS - 1)) for i in range(LAYERS)})
-    orders = ORDERS if base.spec.d_ff <= WIDE else ("model",)
+    orders = ("cofiring", "model") if base.spec.d_ff <= WIDE else ("model",)
     measured: list[Granularity] = []
     for layer in layers:
         measured += granularity(base, samples, layer, DENSITIES, orders=orders, progress=progress)

@@ -85,9 +85,9 @@ def convert(
       d2dmoe:tau=0.1            experts by their predicted norm (block=32, width=128, or density=0.5 for tau)
       polar:heads=0.7           heads for each sequence, and neurons of relu models (recall=0.99, batches=1+8+32)
 
-    --budget is a promise: the upper end of a one-sided 95 % interval of the rise of perplexity over the dense model (with
-    --bits, over that model rounded), from the differences of windows of unseen text, lies below it. Skipping that is not
-    faster on this machine is refused, and the report says by how much.
+    --budget is a promise: the upper end of a one-sided 95 % interval of the rise of perplexity over the dense model
+    (with --bits, over that model rounded), from the differences of windows of unseen text, lies below it. Skipping that
+    is not faster on this machine is refused, and the report says by how much.
 
     A conversion that was killed goes on when it is called again in the same way. While it runs, what it has found lies
     in hidden files beside the folder.

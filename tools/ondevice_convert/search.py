@@ -35,7 +35,7 @@ POSITIONS = 8192
 """Of the text that samples are kept of."""
 UNSEEN, FITTED = "unseen text", "fitted text"
 ROUNDED, REORDERED = "rounded, over the source, unseen text", "all neurons in the new order, unseen text"
-FITTED_WINDOWS = 4
+FITTED_WINDOWS = 2
 """Of the fitted text that quality is measured on, beside the unseen one."""
 
 
