@@ -23,7 +23,7 @@ from ondevice_bench.report import markdown
 from ondevice_convert.methods import KINDS, parse
 from ondevice_convert.quality import Quality
 from ondevice_convert.samples import Samples, gather
-from ondevice_convert.search import POSITIONS
+from ondevice_convert.search import POSITIONS, told_name
 from ondevice_convert.speed import Speed
 from ondevice_convert.texts import Texts, read_text, split_text
 from ondevice_convert.trial import Trial
@@ -115,7 +115,7 @@ def _page(model: str, spec: ModelSpec, texts: Texts, windows: int, rows: Sequenc
     table = markdown([_cells(row) for row in rows], left=("method",))
     return f"""# Quality against speed
 
-{model} ({spec.n_layers} layers, {spec.d_ff} neurons each), ondevice {__version__}, {cpu_name()}. Fitted on
+{told_name(model)} ({spec.n_layers} layers, {spec.d_ff} neurons each), ondevice {__version__}, {cpu_name()}. Fitted on
 {len(texts.fit)} tokens of a text, measured on {tokens} others from its end, in windows of {texts.window}. Made by
 
 ```
@@ -135,7 +135,7 @@ that is slower. "oracle" is the mean share of an oracle's benefit over chance th
 
 def _plain(argument: str) -> str:
     """Without the folder that a file lies in: that is nobody else's."""
-    return Path(argument).name if "/" in argument and Path(argument).suffix in (".txt", ".gguf") else argument
+    return Path(argument).name if "/" in argument and Path(argument).suffix in (".txt", ".gguf", ".md") else argument
 
 
 def _cells(row: Row) -> dict[str, str]:
