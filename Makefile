@@ -6,6 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Most of the time of tests is compiling, which takes one core.
+TEST_PROCESSES ?= 2
 
 # The prompt goes to the program through the environment, as it was typed: make must not expand it.
 export ONDEVICE_MAKE_PROMPT := $(value PROMPT)
@@ -21,7 +23,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # The kernels on 64-bit Arm, under qemu on x86-64. Says why if it cannot.
 test-arm64: $(VENV)/.installed-dev

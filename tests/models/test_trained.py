@@ -1,13 +1,19 @@
-"""Models that the tests train themselves: good enough on unseen text, most of their neurons zero, and skipped so."""
+"""Models that the tests train themselves: good enough on unseen text, most of their neurons zero, and skipped so.
+
+One file, since tests of a file share a process: the model is trained once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from ondevice.checkpoint import open_checkpoint
+from ondevice.cli import cli
 from ondevice.decoder import Decoder
 from ondevice.model import load, op_table
 from ondevice.sparsity.settings import SparsitySettings
@@ -65,3 +71,22 @@ def test_skipping_the_zeros_changes_nothing(trained_relu):
     assert abs(scores.kl) < 1e-6 and abs(scores.rise) < 1e-4
     tally = sparse.ops.counts()["ffn"]
     assert 0 < tally.kept < 0.2 * tally.units
+
+
+def test_the_converter_finds_the_zeros(trained_relu, tmp_path, monkeypatch):
+    given = trained_relu
+    # What is fastest differs from moment to moment, and is no matter of tests.
+    monkeypatch.setattr("ondevice_convert.budget.WORTH", 0.0)
+    monkeypatch.setattr("ondevice_convert.trial.Trial.sketched", lambda self, decoder: None)
+    text, made = tmp_path / "text.txt", tmp_path / "made"
+    text.write_text(given.seen[-400_000:] + given.held_out)
+    args = ["convert", str(given.folder), "-o", str(made), "--budget", "2%", "--text", str(text), "--tokens", "20000"]
+    result = CliRunner().invoke(cli, args)
+    assert result.exit_code == 0, result.output
+    report = json.loads((made / "report.json").read_text())
+    section = json.loads((made / "config.json").read_text())["sparsity"]
+    assert section["method"] == "cats" and report["made"]["chosen"].startswith("cats")
+    assert not any(section["thresholds"])
+    quality = report["quality"]["unseen text"]
+    assert abs(quality["rise"]) < 1e-4 and quality["kl"] < 1e-5
+    assert quality["density"]["ffn"] < 0.25 and report["speed"]["converted"]["speedup"] > 0
