@@ -24,6 +24,8 @@ HEADER = 64
 """Bytes before the groups."""
 SPARE = 16
 """Bytes behind a table that may be written to."""
+STATISTICS = 5
+"""int64 that may count what tables hold: entries, neurons, tables, the neurons of each row, and rows."""
 
 
 def groups_of(neurons: int) -> int:
@@ -110,7 +112,7 @@ def make_table(table, masks, rows, block, neurons, positions, statistics):
         masks: rows of bits of blocks.
         block: neurons of a block: 1, or a multiple of 32.
         positions: address of POSITIONS.
-        statistics: address of 5 int64, to which entries, neurons, 1, the neurons of each row and rows are added; or 0.
+        statistics: address of STATISTICS int64 to add to; or 0.
     """
     groups, each = (neurons + 31) >> 5, 8 * words((neurons + block - 1) // block)
     n, total = 0, 0

@@ -229,14 +229,14 @@ def record_table(
     Args:
         own: whether a mask of neurons is wanted with it. There is one in any case if units are blocks that are not
             whole groups, or neurons.
-        statistics: int64 [5], to which each step adds entries, neurons, 1, the neurons of each row, and rows.
+        statistics: int64 [chosen.STATISTICS], to which each step adds.
     """
     neurons, program = selection.neurons, recording.program
     memory = Block(program.memory, chosen.table_bytes(neurons))
     wide = None
     if selection.block > 1 and (own or selection.block % 32):
         wide = Block(program.memory, selection.rows * mask_bytes(neurons))
-    _finish(recording, selection, wide, memory, 0 if statistics is None else statistics)
+    _finish(recording, selection, wide, memory, _counters(statistics))
     mask = selection.mask if selection.block == 1 else wide
     return Table(memory, memory.address, neurons, chosen.groups_of(neurons), mask, selection.rows)
 
@@ -252,9 +252,18 @@ def record_token_table(
     )
     row = mask.address + (token * mask_bytes(selection.units) if selection.rows > 1 else 0)
     units = (row, selection.units, 1, 0, 0, wide.address if wide else 0, selection.block, neurons)
-    counts = 0 if statistics is None else statistics
-    recording.program.add(chosen.chosen, 1, (*units, memory.address, np.zeros(8, np.int64), _POSITIONS, counts))
+    rest = (memory.address, np.zeros(8, np.int64), _POSITIONS, _counters(statistics))
+    recording.program.add(chosen.chosen, 1, (*units, *rest))
     return Table(memory, memory.address, neurons, chosen.groups_of(neurons), mask if selection.block == 1 else wide, 1)
+
+
+def _counters(statistics: NDArray[np.int64] | None) -> Any:
+    """As an argument of a kernel, which would write past the end of a shorter array."""
+    if statistics is None:
+        return 0
+    if statistics.shape != (chosen.STATISTICS,):
+        raise ValueError(f"statistics has shape {statistics.shape}, not ({chosen.STATISTICS},)")
+    return statistics
 
 
 def _finish(recording: Recording, selection: Selection, wide: Block | None, table: Block | None, counts: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpu_kernels import rows
+from cpu_kernels.chosen import STATISTICS
 from cpu_kernels.compile import Kernel
 from cpu_kernels.threads import ThreadPool
 from ondevice.checkpoint.quantization import Quantized, Tensor, dequantize
@@ -51,7 +52,7 @@ BLOCK = 32
 
 @dataclass(slots=True)
 class _Counted:
-    """What a kernel counts of one layer's tables: entries, neurons, tables, neurons of each token, tokens.
+    """What a kernel counts of one layer's tables (see `STATISTICS`).
 
     Args:
         kind: of the tally that it belongs to.
@@ -62,7 +63,7 @@ class _Counted:
     kind: str
     units: int
     unit_bytes: float
-    numbers: NDArray[np.int64] = field(default_factory=lambda: np.zeros(5, np.int64))
+    numbers: NDArray[np.int64] = field(default_factory=lambda: np.zeros(STATISTICS, np.int64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,14 +194,15 @@ def test_statistical_top_k_with_an_activation(kind: int) -> None:
 def test_tables_of_neurons(units: int, tokens: int) -> None:
     x = cases.scores("normal", tokens, units)
     for limit in (9.0, 2.5, 1.5, 0.0, -9.0):
-        bench, statistics = Bench(x), np.array([10, 20, 30])
+        bench, statistics = Bench(x), np.array([10, 20, 30, 40, 50])
         selection = recorded.record_threshold(bench.recording, bench.input, limit)
         table = recorded.record_table(bench.recording, selection, statistics=statistics)
         bench.run(times=2)
         expected = cases.entries(cases.threshold(x, limit))
         assert entries_of(table) == expected
         neurons = sum(len(units) for _, units in expected)
-        assert statistics.tolist() == [10 + 2 * len(expected), 20 + 2 * neurons, 32]
+        own = int(cases.threshold(x, limit).sum())
+        assert statistics.tolist() == [10 + 2 * len(expected), 20 + 2 * neurons, 32, 40 + 2 * own, 50 + 2 * tokens]
         assert table.mask is not None
         assert np.array_equal(bits(table.mask, tokens, units), cases.threshold(x, limit))
 
@@ -285,3 +286,11 @@ def test_random_masks_are_fair() -> None:
         seen += bits(selection.mask, 1, 70)[0]
     expected = 2000 * 20 / 70
     assert np.abs(seen - expected).max() < 5 * np.sqrt(expected * 50 / 70)
+
+
+def test_counters_of_another_length_are_refused() -> None:
+    """The kernel would write behind them."""
+    bench = Bench(cases.scores("normal", 1, 64))
+    selection = recorded.record_threshold(bench.recording, bench.input, 0.0)
+    with pytest.raises(ValueError, match=r"shape \(3,\), not \(5,\)"):
+        recorded.record_table(bench.recording, selection, statistics=np.zeros(3, np.int64))
