@@ -64,7 +64,8 @@ def load(
     Args:
         name: an alias such as "smollm2" (fetched once if need be), a model in the store, or a path to a GGUF file or to
             a folder of safetensors.
-        backend: "auto", "cpu", or "reference" (float64, slow: the judge of the others).
+        backend: "auto" (cpu), "cpu", "mlx" (Apple silicon's GPU; on Linux MLX's slow build for CPUs), or "reference"
+            (float64, slow: the judge of the others).
         threads: of the CPU backend; by default one per core that this process may use.
         tau: of a d2dmoe model, in the place of the checkpoint's: experts run from this part of the largest prediction
             on, so 0 runs all.
@@ -90,6 +91,7 @@ def load(
     path = find(str(name), progress)
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.tokenizer()
+        table.admit(checkpoint)
         with table.keeping(checkpoint, progress) if tile_cache else nullcontext():
             settings = SparsitySettings(tau, strict, dense, plan)
             decoder = Decoder(checkpoint, table, progress, settings)
@@ -132,6 +134,15 @@ def op_table(backend: str, threads: int | None, progress: Progress | None) -> Op
 
         compile_all(POOL, progress)
         return CpuOps(threads)
+    if backend == "mlx":
+        from ondevice.ops.mlx_device import require
+
+        require()
+        if threads is not None:
+            raise OptionError(f"threads is {threads}, which is of the cpu backend; leave it out with backend mlx")
+        from ondevice.ops.mlx import MlxOps
+
+        return MlxOps()
     if backend == "reference":
         from ondevice.ops.reference import ReferenceOps
 

@@ -86,6 +86,7 @@ def load_decoder(
         check(cases, checkpoint.spec, source.name)
         # Random weights have all that a decoder asks of a checkpoint.
         weights = cast("Checkpoint", checkpoint)
+        ops.admit(weights)
         with ops.keeping(weights, progress):
             settings = SparsitySettings(plan=source.plan)
             decoder = Decoder(weights, ops, progress, settings)

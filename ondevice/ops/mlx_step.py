@@ -1,0 +1,160 @@
+"""One step on MLX's device: index lists that stay known on the host, and where each token's keys lie in the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ondevice.ops.base import Step
+
+if TYPE_CHECKING:
+    from ondevice.generation.kv_cache import KVCache
+
+
+class Index:
+    """int32 [N], on the host and on the device.
+
+    Attributes:
+        host: NumPy's.
+        rotations: cosines and sines of these positions, by the id of a rope's handle: all layers share them.
+    """
+
+    __slots__ = ("_device", "host", "rotations")
+
+    def __init__(self, host: NDArray[np.int32]) -> None:
+        self.host = host
+        self.rotations: dict[int, tuple[Any, Any]] = {}
+        self._device: Any = None
+
+    @property
+    def device(self) -> Any:
+        """MLX's, made when first asked for."""
+        if self._device is None:
+            self._device = mx.array(self.host.astype(np.int32))
+        return self._device
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """Keys that the tokens of a segment see, of the oldest that any of them sees to the newest.
+
+    Args:
+        keys: most keys of a sequence, L.
+        start: of the keys in the flat pages, where they lie side by side, so that nothing has to be gathered.
+        flat: int32 [S, L] of places in the flat pages; None where there is a start.
+        positions: int32 [S, L] of the keys in their sequence.
+        counts: int [S, n], keys that each token sees.
+        mask: bool [S, 1, n, L] of keys that are seen; None for all of them.
+        causal: whether the mask is what "causal" means to MLX: each token of one sequence sees one key more.
+    """
+
+    keys: int
+    start: int | None
+    flat: Any
+    positions: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    mask: Any
+    causal: bool
+
+
+@dataclass(slots=True)
+class Segment:
+    """Tokens of a step that are attended to together: S sequences with n tokens each.
+
+    Args:
+        rows: of the step, int [S * n]; None for all in their order.
+        slots: int32 [S].
+        positions: int32 [S, n].
+    """
+
+    rows: NDArray[np.int64] | None
+    slots: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    _visible: dict[int, Visible] = field(default_factory=dict)
+
+    def visible(self, cache: KVCache, window: int) -> Visible:
+        """What the tokens see of their sequences. window: keys, counting the token's own; 0 for all."""
+        if window not in self._visible:
+            self._visible[window] = self._look(cache, window)
+        return self._visible[window]
+
+    def _look(self, cache: KVCache, window: int) -> Visible:
+        at = self.positions.astype(np.int64)
+        last = at.max(axis=1)
+        first = np.maximum(at.min(axis=1) + 1 - window, 0) if window else np.zeros_like(last)
+        length = int((last - first).max()) + 1
+        key = first[:, None] + np.arange(length)
+        seen = key[:, None, :] <= at[:, :, None]
+        if window:
+            seen &= key[:, None, :] > at[:, :, None] - window
+        counts = np.minimum(at + 1, window) if window else at + 1
+        mask = None if seen.all() else mx.array(seen[:, None])
+        causal = len(at) == 1 and not window and bool((np.diff(at[0]) == 1).all())
+        start = self._side_by_side(cache, int(first[0]), int(last[0])) if len(at) == 1 else None
+        if start is not None:
+            return Visible(length, start, None, key, counts, mask, causal)
+        # What is beyond a sequence's newest key is never another's: 0 times another's NaN would be NaN.
+        inside = np.minimum(key, last[:, None])
+        return Visible(length, None, mx.array(_flat(cache, self.slots[:, None], inside)), key, counts, mask, causal)
+
+    def _side_by_side(self, cache: KVCache, first: int, last: int) -> int | None:
+        pages = cache.block_table[self.slots[0], first // cache.page : last // cache.page + 1]
+        if (np.diff(pages) != 1).any():
+            return None
+        return int(pages[0]) * cache.page + first % cache.page
+
+
+@dataclass(frozen=True, slots=True)
+class MlxStep(Step):
+    """A step whose index lists are of class Index.
+
+    Args:
+        flat: int32 [N], places of the tokens in the flat pages.
+        start: the first of them if they lie side by side, else None.
+        segments: that together hold all tokens.
+        order: which row of the segments' joined results is which token; None where they are in order.
+    """
+
+    flat: Index
+    start: int | None
+    segments: tuple[Segment, ...]
+    order: Any
+
+    @classmethod
+    def of(cls, step: Step, cache: KVCache) -> MlxStep:
+        """Plans a step that is given in NumPy's arrays."""
+        flat = _flat(cache, step.slots, step.positions)
+        beside = len(flat) > 0 and bool((np.diff(flat) == 1).all())
+        segments = tuple(_segments(step))
+        order = None
+        if len(segments) > 1:
+            order = mx.array(np.argsort(np.concatenate([s.rows for s in segments if s.rows is not None])))
+        lists = (Index(step.tokens), Index(step.positions), Index(step.slots), Index(step.outputs))
+        return cls(*lists, Index(flat), int(flat[0]) if beside else None, segments, order)
+
+
+def _flat(cache: KVCache, slots: NDArray[np.int32], positions: NDArray[Any]) -> NDArray[np.int32]:
+    """Places of positions where all pages lie one after the other. (A layer of 2**31 positions fits no machine.)"""
+    pages = cache.block_table[slots, positions // cache.page]
+    return (pages * cache.page + positions % cache.page).astype(np.int32)
+
+
+def _segments(step: Step) -> Iterator[Segment]:
+    """One segment for a decode step or a prompt; one for each sequence where a step is neither."""
+    slots = np.unique(step.slots)
+    if len(slots) == len(step.slots):
+        yield Segment(None, step.slots, step.positions[:, None])
+    elif len(slots) == 1:
+        yield Segment(None, slots, step.positions[None])
+    else:
+        for slot in slots:
+            rows = np.flatnonzero(step.slots == slot)
+            yield Segment(rows, np.array([slot], np.int32), step.positions[rows][None])
