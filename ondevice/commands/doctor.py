@@ -16,9 +16,22 @@ from ondevice.commands.progress import reporting, size
 from ondevice.commands.terminal import table
 from ondevice.defaults import DEFAULT_MODEL
 
-LIBRARIES = ("numpy", "numba", "llvmlite", "tokenizers", "huggingface-hub", "jinja2", "click", "rich", "prompt-toolkit")
+LIBRARIES = (
+    "numpy",
+    "numba",
+    "llvmlite",
+    "tokenizers",
+    "huggingface-hub",
+    "jinja2",
+    "click",
+    "rich",
+    "prompt-toolkit",
+    "mlx",
+)
 ABSENT = "not in this version of ondevice"
 """Of platforms that the design has and the code has not yet."""
+MLX_CPU = "ready on the {}: slow, for tests"
+MLX_GPU = "ready on the {}; never yet tried by its authors, who have no Mac"
 
 
 @click.command()
@@ -100,9 +113,19 @@ def _backends() -> dict[str, str]:
         "auto": "takes cpu",
         "cpu": "ready",
         "reference": "ready (float64, slow: the judge of the others)",
-        "mlx": ABSENT,
+        "mlx": _mlx(),
         "cuda": ABSENT,
     }
+
+
+def _mlx() -> str:
+    from ondevice.ops import mlx_device
+
+    problem = mlx_device.obstacle()
+    if problem is not None:
+        return f"no: {problem}"
+    device = mlx_device.find_device()
+    return (MLX_GPU if device.gpu else MLX_CPU).format(device.name)
 
 
 def _store() -> dict[str, Any]:

@@ -88,12 +88,19 @@ def generate(
             tile_cache=not no_tile_cache,
             progress=progress,
         )
+    say_where(loaded)
     settings = {"raw": raw, "system": system, "context": context, **fields}
     if as_json or len(texts) > 1:
         answers = cast("list[Answer]", loaded.generate(texts, **settings))
         _print_json(loaded, answers) if as_json else _print_batch(texts, answers)
     else:
         stream(loaded, texts[0], settings)
+
+
+def say_where(model: Model) -> None:
+    """Says on stderr which device runs the model, where the backend's name leaves that open."""
+    if model.decoder.ops.where is not None:
+        click.echo(f"{model.decoder.ops.name} on the {model.decoder.ops.where}", err=True)
 
 
 def _read(prompts: tuple[str, ...]) -> list[str]:

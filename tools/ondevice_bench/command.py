@@ -256,6 +256,7 @@ def _run(
         Setting(
             *(source.label, model_bytes(decoder), bits_per_weight(decoder), decoder.ops.name, used, gbs),
             sparsity=source.skipping(decoder),
+            device=decoder.ops.where,
         )
         for source, decoder in zip(sources, decoders)
     ]

@@ -33,6 +33,7 @@ class Setting:
         threads: None where the table does not say.
         read_gbs: what the memory gives to so many threads.
         sparsity: the method and what was forced.
+        device: that the backend runs on; None where its name says enough.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Setting:
     threads: int | None
     read_gbs: float
     sparsity: str = "dense"
+    device: str | None = None
 
 
 def row(setting: Setting, result: Result, dense: Result | None = None) -> Row:
@@ -54,6 +56,7 @@ def row(setting: Setting, result: Result, dense: Result | None = None) -> Row:
         "depth": case.depth,
         "batch": case.batch,
         "backend": setting.backend,
+        "device": setting.device,
         "threads": setting.threads,
         "model": setting.model,
         "sparsity": setting.sparsity,
@@ -109,7 +112,7 @@ def _table(rows: Sequence[Row]) -> str:
                 "model": r["model"],
                 "size": size(r["model_bytes"]),
                 "bits/weight": f"{r['bits_per_weight']:.2f}",
-                "backend": r["backend"],
+                "backend": r["backend"] + (f" on {r['device']}" if r["device"] else ""),
                 "threads": str(r["threads"] or "-"),
                 "test": r["test"],
                 "tok/s": f"{r['avg_ts']:.2f}" + ("" if r["stddev_ts"] is None else f" ± {r['stddev_ts']:.2f}"),
