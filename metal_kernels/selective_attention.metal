@@ -42,28 +42,11 @@
     if (keys_at + 32 <= start) continue;
     const int own = keys_at + int(lane);
     const bool seen = own >= start && own < end;
-    const int own_page = PAGED ? (seen ? table[long(sequence) * table_shape[1] + own / PAGE] : 0) : sequence;
+    const int own_page = page_of<PAGED, PAGE>(table, sequence, table_shape[1], own, seen);
     float score[HT];
     for (int g = 0; g < HT; ++g) score[g] = 0.0f;
-    for (int t = 0; t < LK; ++t) {
-      const int key = keys_at + part * LK + t;
-      const int page = PAGED ? simd_shuffle(own_page, ushort(part * LK + t)) : sequence;
-      float dims[EL];
-      for (int i = 0; i < EL; ++i) dims[i] = 0.0f;
-      if (key >= start && key < end && begin < DH) {
-        const int inside = PAGED ? key % PAGE : key;
-        read_dims<EL, DH>(
-            keys + page * keys_strides[0] + inside * keys_strides[1] + kv * keys_strides[2], keys_strides[3],
-            begin, dims);
-      }
-      for (int g = 0; g < HT; ++g) {
-        if ((run >> g & 1u) == 0) continue;
-        float dot = 0.0f;
-        for (int i = 0; i < EL; ++i) dot += float(query[g][i]) * dims[i];
-        dot = sum_of_key<LK>(dot);
-        if (int(lane) % LK == t) score[g] = dot;
-      }
-    }
+    products_of_32<LK, DH, PAGED, PAGE>(
+        keys + kv * keys_strides[2], keys_strides, own_page, keys_at, start, end, run, lane, query, score);
     for (int g = 0; g < HT; ++g) {
       if ((run >> g & 1u) == 0) continue;
       float s = score[g] * scale;
@@ -78,19 +61,15 @@
       for (int i = 0; i < EL; ++i) acc[g][i] *= shrink;
     }
     for (int t = 0; t < LK; ++t) {
-      const int key = keys_at + part * LK + t;
-      const int page = PAGED ? simd_shuffle(own_page, ushort(part * LK + t)) : sequence;
+      const int from = part * LK + t;
+      const int page = PAGED ? simd_shuffle(own_page, ushort(from)) : own_page;
+      const bool live = keys_at + from >= start && keys_at + from < end;
       float dims[EL];
-      for (int i = 0; i < EL; ++i) dims[i] = 0.0f;
-      if (key >= start && key < end && begin < DH) {
-        const int inside = PAGED ? key % PAGE : key;
-        read_dims<EL, DH>(
-            values + page * values_strides[0] + inside * values_strides[1] + kv * values_strides[2], values_strides[3],
-            begin, dims);
-      }
+      read_key<EL, DH, PAGED, PAGE>(
+          values + kv * values_strides[2], values_strides, page, keys_at + from, live, begin, dims);
       for (int g = 0; g < HT; ++g) {
         if ((run >> g & 1u) == 0) continue;
-        const float weight = simd_shuffle(score[g], ushort(part * LK + t));
+        const float weight = simd_shuffle(score[g], ushort(from));
         for (int i = 0; i < EL; ++i) acc[g][i] += weight * dims[i];
       }
     }
