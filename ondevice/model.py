@@ -135,14 +135,12 @@ def op_table(backend: str, threads: int | None, progress: Progress | None) -> Op
         compile_all(POOL, progress)
         return CpuOps(threads)
     if backend == "mlx":
-        from ondevice.ops.mlx_device import require
+        from ondevice.ops.mlx_device import mlx_table, require
 
         require()
         if threads is not None:
             raise OptionError(f"threads is {threads}, which is of the cpu backend; leave it out with backend mlx")
-        from ondevice.ops.mlx import MlxOps
-
-        return MlxOps()
+        return mlx_table()
     if backend == "reference":
         from ondevice.ops.reference import ReferenceOps
 

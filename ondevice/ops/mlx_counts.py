@@ -17,37 +17,41 @@ UNREAD = 256
 
 
 class Counts:
-    """Tallies by kind. Kept units may be numbers of the device, which are read when the tallies are.
-
-    What is skipped here is computed and set to 0, so that no bytes are saved, and none are counted.
-    """
+    """Tallies by kind. What was kept and what was saved may be numbers of the device, read when the tallies are."""
 
     def __init__(self) -> None:
         self._tallies = {kind: Tally() for kind in KINDS}
-        self._step: dict[str, list[Any]] = defaultdict(list)
-        self._sums: dict[str, list[Any]] = defaultdict(list)
+        self._step: dict[tuple[str, str], list[Any]] = defaultdict(list)
+        self._sums: dict[tuple[str, str], list[Any]] = defaultdict(list)
 
     def dense(self, kind: str) -> None:
         """A call that ran everything."""
         self._tallies[kind].calls += 1
 
-    def sparse(self, kind: str, kept: Any, units: int) -> None:
-        """A call that kept some of its units. kept: int, or an integer of the device."""
+    def sparse(self, kind: str, kept: Any, units: int, bytes_skipped: Any = 0) -> None:
+        """A call that kept some of its units.
+
+        Args:
+            kept: units of all tokens; int, or an integer of the device.
+            units: that all tokens had.
+            bytes_skipped: that were not read; the same. What is computed and then masked saves none.
+        """
         tally = self._tallies[kind]
         tally.calls += 1
         tally.sparse += 1
         tally.units += units
-        if isinstance(kept, int):
-            tally.kept += kept
-        else:
-            self._step[kind].append(kept)
+        for field, number in (("kept", kept), ("bytes_skipped", bytes_skipped)):
+            if isinstance(number, int):
+                setattr(tally, field, getattr(tally, field) + number)
+            else:
+                self._step[kind, field].append(number.astype(mx.int64))
 
     def end_step(self) -> list[Any]:
         """Numbers to be evaluated with the step: one for each kind."""
         ended = []
-        for kind, some in self._step.items():
+        for key, some in self._step.items():
             ended.append(mx.stack(some).sum())
-            self._sums[kind].append(ended[-1])
+            self._sums[key].append(ended[-1])
         self._step.clear()
         return ended
 
@@ -62,7 +66,8 @@ class Counts:
 
     def read(self) -> dict[str, Tally]:
         """Copies of the tallies."""
-        for kind, sums in self._sums.items():
-            self._tallies[kind].kept += sum(int(np.array(number)) for number in sums)
+        for (kind, field), sums in self._sums.items():
+            tally = self._tallies[kind]
+            setattr(tally, field, getattr(tally, field) + sum(int(np.array(number)) for number in sums))
         self._sums.clear()
         return {kind: replace(tally) for kind, tally in self._tallies.items()}

@@ -9,9 +9,12 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ondevice.errors import BackendError, OptionError
+
+if TYPE_CHECKING:
+    from ondevice.ops.base import Ops
 
 DTYPES = ("bfloat16", "float32")
 """Types that the table can compute in. float16 is none of them: the hidden states of some models overflow it."""
@@ -62,6 +65,17 @@ class MlxDevice:
     name: str
     dtype: Any
     stream: Any
+
+
+def mlx_table() -> Ops:
+    """The table of this machine: with our Metal kernels on an Apple GPU."""
+    if find_device().metal:
+        from ondevice.ops.mlx_metal import MetalOps
+
+        return MetalOps()
+    from ondevice.ops.mlx import MlxOps
+
+    return MlxOps()
 
 
 def find_device() -> MlxDevice:

@@ -31,6 +31,10 @@ class Pages:
         """All of them, to be evaluated."""
         return [*self.keys, *self.values]
 
+    def layer(self, layer: int) -> tuple[Any, Any]:
+        """Keys and values of a layer, whole."""
+        return self.keys[layer], self.values[layer]
+
     def append(self, layer: int, k: Any, v: Any, step: MlxStep) -> None:
         """Writes keys and values [N, kv heads * head dim] to the places of a step."""
         for stores, new in ((self.keys, k), (self.values, v)):

@@ -52,10 +52,16 @@ def statistical_topk(scores: Any, c: float) -> tuple[Any, Selection]:
     return values, Selection(exact > border, scores.shape[1], False)
 
 
-def random_mask(rows: int, units: int, density: float) -> Any:
-    """bool [rows, units], each row with its part of random units, drawn anew at each call."""
-    order = mx.argsort(mx.random.uniform(shape=(rows, units)), axis=1)
-    return order < round(density * units)
+def random_mask(shape: tuple[int, int], density: float, behind: Any = None) -> Any:
+    """bool [rows, units], each row with its part of random units, drawn anew at each call.
+
+    Args:
+        behind: of the same shape, computed before: MLX leaves out what nobody uses.
+    """
+    noise = mx.random.uniform(shape=shape)
+    if behind is not None:
+        noise = noise + 0 * behind.astype(mx.float32)
+    return mx.argsort(noise, axis=1) < round(density * shape[1])
 
 
 def select_heads(scores: Any, k: int, group: int) -> HeadSelection:

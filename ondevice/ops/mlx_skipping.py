@@ -48,13 +48,18 @@ class MlxSkipping(SkippingOps):
     def counts(self) -> dict[str, Tally]:
         return self.counted.read()
 
-    def _count(self, kind: str, selection: Selection | None, tokens: int) -> None:
-        """Notes a call for so many tokens."""
+    def mask_of(self, selection: Selection) -> Any:
+        """bool [N or 1, units] of a selection."""
+        return selection.mask
+
+    def count_masked(self, kind: str, selection: Selection | None, tokens: int) -> None:
+        """Notes a call for so many tokens, which computes everything."""
         if selection is None:
             self.counted.dense(kind)
             return
-        each = tokens if len(selection.mask) == 1 else 1
-        self.counted.sparse(kind, selection.mask.sum() * each, tokens * selection.units)
+        mask = self.mask_of(selection)
+        each = tokens if len(mask) == 1 else 1
+        self.counted.sparse(kind, mask.sum() * each, tokens * selection.units)
 
     # FFN
 
@@ -84,15 +89,15 @@ class MlxSkipping(SkippingOps):
         if ffn.valued:
             assert selection is not None and selection.values is not None
             h = h * selection.values
-        self._count("ffn", selection, len(x))
+        self.count_masked("ffn", selection, len(x))
         if selection is not None:
-            h = mx.where(selection.mask, h, 0)
+            h = mx.where(self.mask_of(selection), h, 0)
         return ffn.down.product(h.astype(x.dtype), residual)
 
     def mask(self, h: Any, selection: Selection) -> Any:
         self.ran_dense("ffn")
         values = h if selection.values is None else h * selection.values
-        return mx.where(selection.mask, values, 0).astype(h.dtype)
+        return mx.where(self.mask_of(selection), values, 0).astype(h.dtype)
 
     def ran_dense(self, kind: str) -> None:
         self.counted.dense(kind)
@@ -122,11 +127,15 @@ class MlxSkipping(SkippingOps):
             return selection
         return replace(selection, mask=mx.repeat(selection.mask, block, axis=1), units=selection.units * block)
 
-    def forced(self, selection: Selection, density: float) -> Selection:
-        return replace(selection, mask=mlx_selection.random_mask(len(selection.mask), selection.units, density))
+    def forced(self, selection: Any, density: float) -> Any:
+        if isinstance(selection, HeadSelection):
+            mask = mlx_selection.random_mask(selection.index.shape, density, selection.index)
+            return replace(selection, index=mask, kept=round(density * mask.shape[1]))
+        mask = mlx_selection.random_mask(selection.mask.shape, density, selection.mask)
+        return replace(selection, mask=mask)
 
     def random_selection(self, x: Any, units: int, density: float) -> Selection:
-        return Selection(mlx_selection.random_mask(len(x), units, density), units, False)
+        return Selection(mlx_selection.random_mask((len(x), units), density), units, False)
 
     # Linears
 
@@ -137,8 +146,8 @@ class MlxSkipping(SkippingOps):
         return self.pack_linear(weights, biases)
 
     def sparse_linear(self, x: Any, weight: Joined, selection: Selection, residual: Any = None) -> Any:
-        self._count("inputs", selection, len(x))
-        return weight.product(mx.where(selection.mask, x, 0), residual)
+        self.count_masked("inputs", selection, len(x))
+        return weight.product(mx.where(self.mask_of(selection), x, 0), residual)
 
     # Attention
 

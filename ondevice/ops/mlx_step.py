@@ -79,6 +79,15 @@ class Segment:
     slots: NDArray[np.int32]
     positions: NDArray[np.int32]
     _visible: dict[int, Visible] = field(default_factory=dict)
+    _paged: Any = None
+
+    def paged(self, cache: KVCache) -> tuple[Any, Any]:
+        """Keys that the last token of each sequence sees, int32 [S], and the pages that they fill, int32 [S, pages]."""
+        if self._paged is None:
+            lengths = self.positions.max(axis=1).astype(np.int32) + 1
+            pages = -(-int(lengths.max()) // cache.page)
+            self._paged = mx.array(lengths), mx.array(cache.block_table[self.slots, :pages])
+        return self._paged
 
     def visible(self, cache: KVCache, window: int) -> Visible:
         """What the tokens see of their sequences. window: keys, counting the token's own; 0 for all."""
@@ -127,6 +136,11 @@ class MlxStep(Step):
     start: int | None
     segments: tuple[Segment, ...]
     order: Any
+
+    @property
+    def decoding(self) -> bool:
+        """Whether it has one token of each of its sequences."""
+        return len(self.segments) == 1 and self.segments[0].positions.shape[1] == 1
 
     @classmethod
     def of(cls, step: Step, cache: KVCache) -> MlxStep:
