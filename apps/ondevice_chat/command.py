@@ -43,6 +43,7 @@ def chat(
     context: int | None,
     backend: str,
     threads: int | None,
+    kv_bits: int | None,
     tau: float | None,
     strict: bool,
     dense: bool,
@@ -81,6 +82,7 @@ def chat(
             plan=plan,
             sketch_head=sketch_head,
             tile_cache=not no_tile_cache,
+            kv_bits=kv_bits,
             progress=progress,
         )
     if prompt is not None:

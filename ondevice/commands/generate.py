@@ -50,6 +50,7 @@ def generate(
     context: int | None,
     backend: str,
     threads: int | None,
+    kv_bits: int | None,
     tau: float | None,
     strict: bool,
     dense: bool,
@@ -86,6 +87,7 @@ def generate(
             plan=plan,
             sketch_head=sketch_head,
             tile_cache=not no_tile_cache,
+            kv_bits=kv_bits,
             progress=progress,
         )
     say_where(loaded)

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ondevice.checkpoint.quantization import Quantized, Tensor, dequantize
+from ondevice.errors import OptionError
 from ondevice.ops.base import Body, Ops, Step
 from ondevice.ops.mlx_activation import activate, activate_gated, fused, soft_cap
 from ondevice.ops.mlx_attention import by_segments, full_attention
 from ondevice.ops.mlx_device import find_device
 from ondevice.ops.mlx_memory import MemoryGuard
-from ondevice.ops.mlx_pages import Pages
+from ondevice.ops.mlx_pages import KV_BITS, Pages
 from ondevice.ops.mlx_skipping import MlxSkipping
 from ondevice.ops.mlx_step import Index, MlxStep, Segment
 from ondevice.ops.mlx_weights import Joined, Matrix, expressible, pack_joined, pack_matrix, to_device
@@ -58,14 +59,23 @@ class Rope:
 class MlxOps(MlxSkipping, Ops):
     """One model's operations on MLX's default device.
 
+    Args:
+        kv_bits: 4 or 8 keep keys and values in so many bits; 0 in the table's type.
+
     Attributes:
         device: where they run.
+
+    Raises:
+        OptionError: other bits.
     """
 
     name = "mlx"
 
-    def __init__(self) -> None:
+    def __init__(self, kv_bits: int = 0) -> None:
         super().__init__()
+        if kv_bits not in (0, *KV_BITS):
+            raise OptionError(f"kv_bits is {kv_bits}; the mlx backend keeps keys and values in 4 or 8 bits, or floats")
+        self.kv_bits = kv_bits
         self.device = find_device()
         self.memory = MemoryGuard.of(self.device)
         self._floats: list[Quantized] = []
@@ -115,9 +125,10 @@ class MlxOps(MlxSkipping, Ops):
     # Cache
 
     def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Pages:
-        self.memory.admit_cache(spec, pages * page)
+        self.memory.admit_cache(spec, pages * page, self.kv_bits)
+        shape = (spec.n_kv_heads, pages, page, spec.head_dim)
         with mx.stream(self.device.stream):
-            made = Pages.empty(spec.n_layers, (spec.n_kv_heads, pages, page, spec.head_dim), self.device.dtype)
+            made = Pages.empty(spec.n_layers, shape, self.device.dtype, self.kv_bits)
             mx.eval(made.arrays())
         return made
 

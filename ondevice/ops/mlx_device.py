@@ -67,15 +67,15 @@ class MlxDevice:
     stream: Any
 
 
-def mlx_table() -> Ops:
-    """The table of this machine: with our Metal kernels on an Apple GPU."""
+def mlx_table(kv_bits: int = 0) -> Ops:
+    """The table of this machine: with our Metal kernels on an Apple GPU. kv_bits: as of MlxOps."""
     if find_device().metal:
         from ondevice.ops.mlx_metal import MetalOps
 
-        return MetalOps()
+        return MetalOps(kv_bits)
     from ondevice.ops.mlx import MlxOps
 
-    return MlxOps()
+    return MlxOps(kv_bits)
 
 
 def find_device() -> MlxDevice:

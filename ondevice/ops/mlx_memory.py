@@ -17,6 +17,7 @@ import mlx.core as mx
 from ondevice import machine
 from ondevice.decoder import PREFILL_CHUNK
 from ondevice.errors import OptionError
+from ondevice.ops.mlx_pages import KV_BITS, kv_bytes
 
 if TYPE_CHECKING:
     from ondevice.checkpoint.base import Checkpoint
@@ -71,17 +72,22 @@ class MemoryGuard:
         need = sum(device_bytes(kind, shapes[name], self.itemsize) for name, kind in stored.items())
         self._admit(need, "the model's weights", "convert it to fewer bits (`ondevice convert --bits 4`)")
 
-    def admit_cache(self, spec: ModelSpec, positions: int) -> None:
+    def admit_cache(self, spec: ModelSpec, positions: int, kv_bits: int) -> None:
         """Refuses a cache that would not fit, with what a chunk of a prompt needs beside it.
 
         Args:
             positions: of all sequences together.
+            kv_bits: of keys and values; 0 for floats.
 
         Raises:
             OptionError: naming what to change.
         """
-        need = 2 * spec.n_layers * positions * spec.n_kv_heads * spec.head_dim * self.itemsize + working_bytes(spec)
-        way = "lower --context or --max-tokens (`bench`: -d, -n and -b), or give fewer prompts"
+        each = kv_bytes(spec.head_dim, self.itemsize, kv_bits)
+        need = 2 * spec.n_layers * positions * spec.n_kv_heads * each + working_bytes(spec)
+        way = "lower --context or --max-tokens (`bench`: -d, -n and -b), give fewer prompts"
+        fewer = [bits for bits in KV_BITS if not kv_bits or bits < kv_bits]
+        if fewer:
+            way += f", take --kv-bits {max(fewer)}"
         self._admit(need, f"a cache of {positions} positions", way)
 
     def _admit(self, need: int, what: str, way: str) -> None:

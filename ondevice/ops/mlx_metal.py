@@ -53,8 +53,8 @@ LEAST_EXPERT = 8
 class MetalOps(MlxOps):
     """Selections hold Units in the place of masks; selections of heads hold lists."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, kv_bits: int = 0) -> None:
+        super().__init__(kv_bits)
         self._everything: dict[int, RowList] = {}
         self._said = False
         self._units = 0
@@ -201,8 +201,10 @@ class MetalOps(MlxOps):
     ) -> Any:
         assert isinstance(step, MlxStep)
         segment = step.segments[0]
-        if not step.decoding or (heads is None and not softcap and segment.visible(cache, window).start is not None):
-            # Prompts; and one sequence whose pages lie side by side, which MLX's own kernel reads where they are.
+        beside = heads is None and not softcap and segment.visible(cache, window).start is not None
+        if not step.decoding or cache.pages.bits or beside:
+            # Prompts; quantized pages, which kernels do not read; and one sequence whose pages lie side by side, which
+            # MLX's own kernel reads where they are.
             if heads is not None:
                 heads = replace(heads, index=mask_of_lists(heads.index, self._units))
             return super().attention(q, cache, layer, step, scale, window, softcap, heads)
@@ -233,7 +235,7 @@ class MetalOps(MlxOps):
         self, q: Any, cache: KVCache, layer: int, step: Step, scale: float, window: int, r: int, k: int
     ) -> Any:
         assert isinstance(step, MlxStep)
-        if not step.decoding:
+        if not step.decoding or cache.pages.bits:
             return super().topk_attention(q, cache, layer, step, scale, window, r, k)
         view, seen = self._view(cache, layer, step), _seen(step, window)
         queries = q.reshape(len(q), -1, view.keys.shape[3])

@@ -105,9 +105,15 @@ def test_generate_says_on_what(mx: Any, tiny_path: Any, ondevice_cli: Any) -> No
     assert doctor._backends()["mlx"].startswith("ready on the CPU (")
 
 
-def test_threads_are_not_mlxs(mx: Any, tiny_path: Any) -> None:
-    with pytest.raises(OptionError, match="threads is 2"):
-        ondevice.load(tiny_path, backend="mlx", threads=2)
+def test_bits_of_keys_and_values(mx: Any, tiny_path: Any, ondevice_cli: Any) -> None:
+    for backend, kept in (("cpu", "float16"), ("auto", "float16"), ("reference", "float64")):
+        with pytest.raises(OptionError, match=f"kv_bits is 8: backend {backend} keeps .* {kept}; take backend mlx"):
+            ondevice.load(tiny_path, backend=backend, kv_bits=8)
+    with pytest.raises(OptionError, match="kv_bits is 5; the mlx backend keeps keys and values in 4 or 8 bits"):
+        ondevice.load(tiny_path, backend="mlx", kv_bits=5)
+    result = ondevice_cli("generate", str(tiny_path), "-p", "x", "--backend", "mlx", "--kv-bits", "8", "-n", "2")
+    assert result.exit_code == 1
+    assert "--kv-bits 8 (kv_bits): heads of 16 dimensions make no groups of 32" in result.stderr
 
 
 def test_number_types(mx: Any, mac: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,13 +166,16 @@ def test_a_limit_of_the_users(mac: Any, monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_does_not_fit_is_refused_by_name(mx: Any, tiny_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from ondevice.ops.mlx_memory import LIMIT_VARIABLE
 
-    monkeypatch.setenv(LIMIT_VARIABLE, str((mx.get_active_memory() + 50_000) / 1e9))
-    with pytest.raises(OptionError, match=r"weights would take 0\.00 GB.*--bits 4.*ONDEVICE_MLX_MEMORY_GB"):
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 40_000_000)
+    monkeypatch.setenv(LIMIT_VARIABLE, "0.0401")
+    needed = r"weights would take 0\.00 GB on MLX's CPU .* beside 0\.04 GB that are in use"
+    with pytest.raises(OptionError, match=rf"{needed}.*--bits 4.*ONDEVICE_MLX_MEMORY_GB"):
         ondevice.load(tiny_path, backend="mlx")
-    monkeypatch.setenv(LIMIT_VARIABLE, str((mx.get_active_memory() + 3_000_000) / 1e9))
+    monkeypatch.setenv(LIMIT_VARIABLE, "0.0425")
     model = ondevice.load(tiny_path, backend="mlx")
     assert model.generate("Hello", max_tokens=2, raw=True).tokens
-    with pytest.raises(OptionError, match=r"cache of 12\d\d positions.*--context or --max-tokens.*fewer prompts"):
+    way = "--context or --max-tokens.*fewer prompts, take --kv-bits 8"
+    with pytest.raises(OptionError, match=rf"cache of 12\d\d positions.*{way}"):
         model.generate(["Hello"] * 10, max_tokens=120, raw=True)
 
 
@@ -190,7 +199,7 @@ def test_a_model_on_a_machine_that_says_nothing_of_its_memory(mx: Any, monkeypat
     monkeypatch.setattr("ondevice.machine.memory_bytes", lambda: (0, None))
     table = MlxOps()
     assert table.memory.limit is None
-    assert table.new_pages(tiny_spec(), 2, 64).keys[0].shape == (2, 2, 64, 16)
+    assert table.new_pages(tiny_spec(), 2, 64).layer(0)[0].shape == (2, 2, 64, 16)
 
 
 def test_answers_from_a_worker_thread(mx: Any, tiny_path: Any) -> None:

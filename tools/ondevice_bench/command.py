@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ondevice.commands.options import backend_option, plan_option
+from ondevice.commands.options import backend_option, kv_bits_option, plan_option
 from ondevice.commands.progress import reporting
 from ondevice.defaults import DEFAULT_MODEL
 
@@ -92,6 +92,7 @@ def _numbers(*names: str, default: int | None, low: int, help: str, **extra: Any
     help="Threads of the CPU backend.  [default: one per usable core]",
 )
 @backend_option
+@kv_bits_option
 @click.option(
     *("--sweep", "picture"),
     type=click.Path(dir_okay=False, path_type=Path),
@@ -119,6 +120,7 @@ def bench(
     sketch_head: bool | None,
     threads: tuple[tuple[int, ...], ...],
     backend: str,
+    kv_bits: int | None,
     picture: Path | None,
     profile: bool,
     output: str | None,
@@ -158,7 +160,7 @@ def bench(
         raise click.UsageError(f"--json and -o {output} contradict each other; give one.")
     if profile and only == "pp":
         raise click.UsageError("--profile looks at generation, which --only pp leaves out; drop one of them.")
-    sources = _sources(_source(ctx, model, shape, bits, group_size), sparsity, sketch_head, plan)
+    sources = _sources(_source(ctx, model, shape, bits, group_size, kv_bits), sparsity, sketch_head, plan)
     from ondevice_bench.cases import grid
 
     prompts, generated = (() if only == "tg" else _flat(prompt)), (() if only == "pp" else _flat(generate))
@@ -223,19 +225,21 @@ def _flat(values: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     return tuple(number for some in values for number in some)
 
 
-def _source(ctx: click.Context, model: str, shape: str | None, bits: str | None, group_size: str | None) -> Source:
+def _source(
+    ctx: click.Context, model: str, shape: str | None, bits: str | None, group_size: str | None, kv_bits: int | None
+) -> Source:
     from ondevice_bench.loading import Source
 
     if shape is None:
         for flag, value in (("--bits", bits), ("--group-size", group_size)):
             if value is not None:
                 raise click.UsageError(f"{flag} {value} is of random weights, which --shape asks for; add it.")
-        return Source(model)
+        return Source(model, kv_bits=kv_bits)
     if ctx.get_parameter_source("model") is ParameterSource.COMMANDLINE:
         raise click.UsageError(f"MODEL {model!r} and --shape {shape!r} contradict each other; give one.")
     if bits == "16" and group_size is not None:
         raise click.UsageError(f"--group-size {group_size}: weights of 16 bits have no groups; drop it.")
-    return Source(shape, int(bits or DEFAULT_BITS), int(group_size or DEFAULT_GROUP))
+    return Source(shape, int(bits or DEFAULT_BITS), int(group_size or DEFAULT_GROUP), kv_bits=kv_bits)
 
 
 def _run(
@@ -257,6 +261,7 @@ def _run(
             *(source.label, model_bytes(decoder), bits_per_weight(decoder), decoder.ops.name, used, gbs),
             sparsity=source.skipping(decoder),
             device=decoder.ops.where,
+            kv_bits=source.kv_bits,
         )
         for source, decoder in zip(sources, decoders)
     ]

@@ -35,7 +35,7 @@ class Source:
         group_size: of random weights.
         sparsity: a method that skips, with random routers.
         sketch_head: whether the head has a sketch; None goes by the model.
-        plan: of layers that skip; see `ondevice.load`.
+        plan, kv_bits: see `ondevice.load`.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Source:
     sparsity: Sparsity | None = None
     sketch_head: bool | None = None
     plan: str = "auto"
+    kv_bits: int | None = None
 
     def skipping(self, decoder: Decoder) -> str:
         """What its decoder skips: "dense", or the methods."""
@@ -79,7 +80,7 @@ def load_decoder(
     Raises:
         OptionError: an impossible case, shape or format, or no profile.
     """
-    ops = op_table(backend, threads, progress and compiling_progress(progress))
+    ops = op_table(backend, threads, progress and compiling_progress(progress), source.kv_bits)
     if profile:
         profile_table(ops)
     with _open(source, cases, progress) as checkpoint:
