@@ -33,7 +33,7 @@ def _quantiles(k: int, longest: int) -> mx.array:
 
 
 def quantiles(k: int, longest: int) -> mx.array:
-    """For each number of visible keys, up to the longest at least: deviations above the mean where k of them are left."""
+    """For each number of visible keys, beyond the longest even: deviations above the mean where k of them are left."""
     # A cache that grows takes another table only where its length doubles.
     return _quantiles(k, up_to_power(longest))
 

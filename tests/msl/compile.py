@@ -62,7 +62,9 @@ WARNINGS = [
     "-Werror=uninitialized -Werror=sometimes-uninitialized -Werror=conditional-uninitialized -Werror=return-type",
 ]
 OPENCL = ["-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang", "-cl-single-precision-constant"]
-SANITIZERS = "thread,bounds,integer-divide-by-zero,signed-integer-overflow,alignment"
+FLAGS_OF_UNNAMED = ("used", "referenced", "implicit", "invalid")
+"""Where clang prints a declaration's name, if it has one."""
+SANITIZERS = "thread,bounds,integer-divide-by-zero,signed-integer-overflow"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Library:
     variables: tuple[tuple[str, int], ...]  # threadgroup variables and their bytes
 
 
+@functools.cache
 def compiled(kernel: str, source: str, header: str, signature: Signature) -> Library:
     """The kernel's library, from this process, from the folder of compiled kernels, or made now.
 
@@ -81,17 +84,12 @@ def compiled(kernel: str, source: str, header: str, signature: Signature) -> Lib
         KernelError: the kernel's text does not compile as MSL.
         EmulatorError: something else went wrong.
     """
-    return _compiled(kernel, source, header, signature)
-
-
-@functools.cache
-def _compiled(kernel: str, source: str, header: str, signature: Signature) -> Library:
     parts = (toolchain.fingerprint(), kernel, source, header, repr(signature))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     path = toolchain.cache() / f"{kernel}-{key}.so"
     with toolchain.made_once(path) as folder:
         if folder:
-            _check_template(folder, kernel, header, signature)
+            _check_template(folder, kernel, source, header, signature)
             text = folder / "kernel.clcpp"
             text.write_text(_opencl(kernel, source, header, signature))
             _check_address_spaces(kernel, text)
@@ -120,7 +118,10 @@ def _clang(kernel: str, *arguments: str | Path) -> str:
     result = toolchain.run("clang", "-fno-color-diagnostics", *arguments)
     if result.returncode == 0:
         return result.stdout
-    own = [line for line in result.stderr.splitlines() if re.match(r"\S*\.metal:\d+:\d+: (fatal )?error:", line)]
+    missing = re.search(r"fatal error: '(.*)' file not found", result.stderr)
+    if missing:
+        raise EmulatorError(f"kernel {kernel}: there is no {missing[1]} in {toolchain.INCLUDE}")
+    own = [line for line in result.stderr.splitlines() if re.match(r"\S*\.metal:\d+:\d+: error:", line)]
     if not own and not re.search(r"^\S*\.metal:\d+:\d+: note: in instantiation", result.stderr, re.M):
         raise EmulatorError(f"kernel {kernel}:\n{result.stderr[-6000:]}")
     lines = own or [line for line in result.stderr.splitlines() if "error:" in line or ".metal:" in line]
@@ -131,8 +132,9 @@ def _include() -> list[str]:
     return ["-I", str(toolchain.INCLUDE), *" ".join(WARNINGS).split()]
 
 
-def _check_template(folder: Path, kernel: str, header: str, signature: Signature) -> None:
+def _check_template(folder: Path, kernel: str, source: str, header: str, signature: Signature) -> None:
     body = signature.text.removeprefix(header)
+    body = body.replace(f"{{\n{source}\n}}\n", f'{{\n#line 1 "{kernel}.metal"\n{source}\n}}\n')
     body = re.sub(r"^template \[\[host_name\(.*?\)\]\] \[\[kernel\]\] decltype", "template decltype", body, flags=re.M)
     text = folder / "template.cpp"
     text.write_text(
@@ -160,20 +162,24 @@ def _opencl(kernel: str, source: str, header: str, signature: Signature) -> str:
 
 
 def _check_address_spaces(kernel: str, text: Path) -> None:
-    """Pointers and references without an address space are errors in MSL, and "generic" in C++ for OpenCL."""
+    """Finds what MSL refuses and C++ for OpenCL does not.
+
+    Pointers and references without an address space, which are "generic" here, and variables of the program outside of
+    the constant address space, which are "global" here.
+    """
     tree = _clang(kernel, *OPENCL, *_include(), "-w", "-fsyntax-only", "-Xclang", "-ast-dump", text)
     found, file, line = [], "", 0
-    for node in tree.splitlines():
-        for place in re.finditer(r"[<, ](?:([^\s<>,:]+):(\d+):\d+|line:(\d+):\d+)", node.split("'")[0]):
-            if place[1] not in (None, "line", "col"):
-                file, line = place[1], int(place[2])
-            elif place[3]:
-                line = int(place[3])
-        if file.endswith(".metal") and "VarDecl" in node:
-            declared = re.search(r"(\w+) '([^']*__generic[^']*)'", node)
-            if declared:
-                what = f"'{declared[1]}' ({declared[2]})"
-                found.append(f"{file}:{line}: error: {what}: a pointer or reference without an address space")
+    for node in tree[tree.index(".metal:") - 200 :].splitlines():  # what comes before is not the kernel's
+        for place in re.finditer(r"[<, ](?:line:(\d+):\d+|(?!col:)([^\s<>,:]+):(\d+):\d+)", node.split("'")[0]):
+            file, line = (file, int(place[1])) if place[1] else (place[2], int(place[3]))
+        declared = re.search(r"VarDecl .*? (\w+) '([^']*)'", node)
+        if not declared or not file.endswith(".metal") or declared[1] in FLAGS_OF_UNNAMED:
+            continue
+        what = f"{file}:{line}: error: '{declared[1]}' ({declared[2]})"
+        if "__generic" in declared[2]:
+            found.append(f"{what}: a pointer or reference without an address space")
+        elif "__global" in declared[2] and not re.search("[*&]", declared[2]):
+            found.append(f"{what}: a variable of the program that is not `constant`")
     if found:
         raise KernelError(kernel, [Finding(Kind.COMPILE, each) for each in dict.fromkeys(found)])
 

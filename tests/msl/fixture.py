@@ -1,9 +1,9 @@
-"""The pytest fixture `metal`."""
+"""The pytest fixture `metal`, and the list of mutants that is printed when tests end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,3 +18,13 @@ def metal() -> Iterator[Emulator | Gpu]:
 
     with metal_kernels() as kernels:
         yield kernels
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints how each mutant was caught, as `test_mutants` recorded it, in whichever process."""
+    reports = [report for each in terminalreporter.stats.values() for report in each if hasattr(report, "nodeid")]
+    lines = [str(value) for report in reports for name, value in report.user_properties if name == "mutant"]
+    if lines:
+        terminalreporter.section("mutants of Metal kernels, and how each was caught")
+        for line in sorted(set(lines)):
+            terminalreporter.write_line(line)

@@ -26,11 +26,12 @@ KINDS = {
     10: Kind.UNDEFINED,
     11: Kind.UNWRITTEN,
 }
+OUTSIDE_OF_ARRAY = 1
 UNDEFINED = {
-    1: "index outside of an array",
+    OUTSIDE_OF_ARRAY: "index outside of an array",
     2: "integer division by zero, or its overflow",
     3: "overflow of a signed integer",
-    4: "pointer that is null or not aligned for its type",
+    4: "an address that is not aligned for its type",
 }
 
 
@@ -83,8 +84,10 @@ class Launch(c.Structure):
 def explained(found: NativeFinding, library: Library, buffers: Sequence[tuple[str, int, str]]) -> Finding:
     """A finding in words. `buffers`: name, bytes of an element, and shape of each."""
     kind = KINDS[found.kind]
-    at, other = library.locations[found.site_a], library.locations[found.site_b]
     what = _MESSAGES.get(kind, _accessed)(found, library, buffers)
+    if kind is Kind.UNDEFINED and found.region == OUTSIDE_OF_ARRAY:
+        kind = Kind.OUT_OF_BOUNDS
+    at, other = library.locations[found.site_a], library.locations[found.site_b]
     match kind:
         case Kind.UNWRITTEN:
             text = f"{found.count} elements of {what}"

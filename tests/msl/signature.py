@@ -116,7 +116,7 @@ def signature(
     arguments = f"<{', '.join(values)}>" if template else ""
     full_name = f"custom_kernel_{name}"
     if template:
-        full_name += "_" + re.sub("[^A-Za-z0-9_]", "_", "_".join(values))
+        full_name += "__" + re.sub("[^A-Za-z0-9_]", "_", "_".join(values))
     for array in inputs:
         small = "s" if array.ndim == 0 else "c" if array.size < SMALLEST_DEVICE_ARRAY else ""
         full_name += f"_{TYPES[array.dtype]}{small}"

@@ -56,10 +56,15 @@ static void write_cell(Region &r, Cell &c, i64 offset, u32 size, const Access &n
     }
   c.writer = now;
 }
-static void check(Region &r, u8 *p, u32 size, bool write, bool atomic, u32 site) {
+static void check(Region &r, u8 *p, u32 size, bool write, bool atomic, u32 align, u32 site) {
   i64 offset = p - r.base;
+  launch->accesses++;
   if (offset < 0 || offset + size > r.size) {
     report(OUT_OF_BOUNDS, r.number, offset, size, write, running->id, site);
+    stop();
+  }
+  if ((u64)p % align) {
+    report(UNDEFINED, NOT_ALIGNED, 0, size, write, running->id, site);
     stop();
   }
   if (!r.cells) {  // an input
@@ -73,21 +78,20 @@ static void check(Region &r, u8 *p, u32 size, bool write, bool atomic, u32 site)
     (write ? write_cell : read_cell)(r, r.cells[i], i * r.element, size, now, space);
 }
 
-static void access(const void *address, u32 size, bool write, bool atomic = false) {
+static void access(const void *address, u32 size, bool write, bool atomic = false, u32 align = 1) {
   u32 site = msl_site;
   u8 *p = (u8 *)address;
   if (!running || stopped || (p >= running->stack && p < running->stack + STACK)) return;
-  launch->accesses++;
   if (launch->preempt && random_below(launch->preempt) == 0) to_scheduler();
   for (u32 i = 0; i < n_device; ++i) {
     Region &r = device_memory[i];
-    if (p + GUARD >= r.base && p < r.base + r.size + GUARD) return check(r, p, size, write, atomic, site);
+    if (p + GUARD >= r.base && p < r.base + r.size + GUARD) return check(r, p, size, write, atomic, align, site);
   }
   const u64 before_variable[] = {0, RED_ZONE};  // a variable's own red zone comes first
   for (u64 before : before_variable)
     for (u32 i = 0; i < n_variables; ++i) {
       Region &r = threadgroup_memory[i];
-      if (p + before >= r.base && p < r.base + r.size + RED_ZONE) return check(r, p, size, write, atomic, site);
+      if (p + before >= r.base && p < r.base + r.size + RED_ZONE) return check(r, p, size, write, atomic, align, site);
     }
   if (write || (u64)p < (1 << 20)) {  // reads elsewhere are of constants in the program
     report(OUT_OF_BOUNDS, UNKNOWN_REGION, (i64)p, size, write, running->id, site);

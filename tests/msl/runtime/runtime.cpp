@@ -6,19 +6,18 @@
 
 extern "C" {
 void __tsan_init() {}
-#define ACCESS(NAME, SIZE)                                                       \
-  void __tsan_read##NAME(void *p) { access(p, SIZE, false); }                    \
-  void __tsan_write##NAME(void *p) { access(p, SIZE, true); }                    \
-  void __tsan_read_write##NAME(void *p) {                                        \
-    u32 site = msl_site;                                                         \
-    access(p, SIZE, false);                                                      \
-    msl_site = site; /* another thread may have run in between */                \
-    access(p, SIZE, true);                                                       \
-  }                                                                              \
-  void __tsan_unaligned_read##NAME(void *p) { __tsan_read##NAME(p); }            \
-  void __tsan_unaligned_write##NAME(void *p) { __tsan_write##NAME(p); }          \
-  void __tsan_unaligned_read_write##NAME(void *p) { __tsan_read_write##NAME(p); }
-ACCESS(1, 1) ACCESS(2, 2) ACCESS(4, 4) ACCESS(8, 8) ACCESS(16, 16)
+#define ACCESS(PREFIX, SIZE, ALIGN)                                                     \
+  void PREFIX##read##SIZE(void *p) { access(p, SIZE, false, false, ALIGN); }            \
+  void PREFIX##write##SIZE(void *p) { access(p, SIZE, true, false, ALIGN); }            \
+  void PREFIX##read_write##SIZE(void *p) {                                              \
+    u32 site = msl_site;                                                                \
+    access(p, SIZE, false, false, ALIGN);                                               \
+    msl_site = site; /* another thread may have run in between */                       \
+    access(p, SIZE, true, false, ALIGN);                                                \
+  }
+#define ACCESSES(SIZE) ACCESS(__tsan_, SIZE, SIZE) ACCESS(__tsan_unaligned_, SIZE, 1)
+ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
+#undef ACCESSES
 #undef ACCESS
 
 static void copied(void *to, const void *from, u64 n) {
@@ -39,15 +38,18 @@ static void undefined(u32 what) {
   report(UNDEFINED, what, 0, 0, false, running->id, msl_site);
   stop();
 }
-void __ubsan_handle_out_of_bounds(void *, u64) { undefined(1); }
-void __ubsan_handle_divrem_overflow(void *, u64, u64) { undefined(2); }
-void __ubsan_handle_add_overflow(void *, u64, u64) { undefined(3); }
-void __ubsan_handle_sub_overflow(void *, u64, u64) { undefined(3); }
-void __ubsan_handle_mul_overflow(void *, u64, u64) { undefined(3); }
-void __ubsan_handle_negate_overflow(void *, u64) { undefined(3); }
-void __ubsan_handle_type_mismatch_v1(void *, u64) { undefined(4); }
+void __ubsan_handle_out_of_bounds(void *, u64) { undefined(OUTSIDE_OF_ARRAY); }
+void __ubsan_handle_divrem_overflow(void *, u64, u64) { undefined(DIVISION); }
+void __ubsan_handle_add_overflow(void *, u64, u64) { undefined(OVERFLOW); }
+void __ubsan_handle_sub_overflow(void *, u64, u64) { undefined(OVERFLOW); }
+void __ubsan_handle_mul_overflow(void *, u64, u64) { undefined(OVERFLOW); }
+void __ubsan_handle_negate_overflow(void *, u64) { undefined(OVERFLOW); }
 
-void msl_rt_atomic(u64 address, u32 size, bool write) { access((void *)address, size, write, true); }
+u32 msl_rt_atomic_read(u64 address, bool will_write) {
+  access((void *)address, 4, will_write, true, 4);
+  return *(u32 *)address;
+}
+void msl_rt_atomic_write(u64 address, u32 value) { *(u32 *)address = value; }
 void msl_rt_bad_lane(int lane) { report(INACTIVE_LANE, 0, lane, 0, false, running->id, msl_site); }
 void msl_rt_barrier(bool whole_threadgroup, int flags) {
   launch->barriers++;

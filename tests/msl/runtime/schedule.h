@@ -13,25 +13,23 @@ template <class T> static void shuffle(T *items, u32 n) {
 
 // Lets the lanes of a simdgroup that wait at a function go on, once none of its lanes can run.
 static bool release_simdgroup(u32 s) {
-  u32 begin = s * 32, end = begin + 32 < n_threads ? begin + 32 : n_threads, waiting = 0;
+  u32 begin = s * 32, end = begin + 32 < n_threads ? begin + 32 : n_threads, here = 0;
   Thread *first = nullptr, *other = nullptr;
   for (u32 i = begin; i < end; ++i) {
     Thread &t = threads[i];
     if (t.state == READY) return false;
-    if (t.state != AT_SIMD) continue;
-    waiting++;
-    if (!first) first = &t;
+    if (t.state == AT_SIMD && !first) first = &t;
   }
   if (!first) return false;
   for (u32 i = begin; i < end; ++i) {
     Thread &t = threads[i];
     bool elsewhere = t.state == AT_BARRIER || (t.state == AT_SIMD && t.site != first->site);
-    if (elsewhere || (t.state == DONE && !other)) other = &t;
-    if (elsewhere) break;
+    if (t.state == AT_SIMD && !elsewhere) here++;
+    if (!other ? elsewhere || t.state == DONE : elsewhere && other->state == DONE) other = &t;
   }
   if (other) {
     bool done = other->state == DONE;
-    report(done ? FINISHED_LANES : DIVERGENT_SIMD, 0, waiting, end - begin, false, first->id, first->site, other->id,
+    report(done ? FINISHED_LANES : DIVERGENT_SIMD, 0, here, end - begin, false, first->id, first->site, other->id,
            done ? 0 : other->site);
     stopped = true;
     return false;

@@ -2,7 +2,9 @@
 #pragma once
 #include "types.h"
 
-MSL_RUNTIME void msl_rt_atomic(ulong address, uint size, bool write);
+// The runtime reads and writes: an access from here would count as one that is not atomic. Four bytes at a time.
+MSL_RUNTIME uint msl_rt_atomic_read(ulong address, bool will_write);
+MSL_RUNTIME void msl_rt_atomic_write(ulong address, uint value);
 
 // clang predefines these names for OpenCL
 #define atomic_int msl_atomic_int
@@ -14,16 +16,25 @@ namespace metal {
 
 enum memory_order { memory_order_relaxed };
 template <class T> struct atomic { T msl_value; };
+template struct atomic<int>;  // complete types, as the signature needs them
+template struct atomic<uint>;
+template struct atomic<float>;
+template struct atomic<bool>;
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;
 typedef atomic<float> atomic_float;
 typedef atomic<bool> atomic_bool;
 
+template <class T> MSL_FN T msl_atomic_read(ulong address, bool will_write) {
+  return __builtin_bit_cast(T, msl_rt_atomic_read(address, will_write));
+}
+template <class T> MSL_FN void msl_atomic_write(ulong address, T value) {
+  msl_rt_atomic_write(address, __builtin_bit_cast(uint, value));
+}
 #define MSL_MODIFY(NAME, SPACE, T, EXPRESSION)                               \
   MSL_FN T NAME(volatile SPACE atomic<T> *p, T b, memory_order) {            \
-    msl_rt_atomic((ulong)p, sizeof(T), true);                                \
-    T a = p->msl_value;                                                      \
-    p->msl_value = (T)(EXPRESSION);                                          \
+    T a = msl_atomic_read<T>((ulong)p, true);                                \
+    msl_atomic_write<T>((ulong)p, (T)(EXPRESSION));                          \
     return a;                                                                \
   }
 #define MSL_ATOMIC(SPACE, T)                                                 \
@@ -31,23 +42,19 @@ typedef atomic<bool> atomic_bool;
   MSL_MODIFY(atomic_fetch_sub_explicit, SPACE, T, a - b)                     \
   MSL_MODIFY(atomic_exchange_explicit, SPACE, T, b)                          \
   MSL_FN T atomic_load_explicit(const volatile SPACE atomic<T> *p, memory_order) { \
-    msl_rt_atomic((ulong)p, sizeof(T), false);                               \
-    return p->msl_value;                                                     \
+    return msl_atomic_read<T>((ulong)p, false);                              \
   }                                                                          \
   MSL_FN void atomic_store_explicit(volatile SPACE atomic<T> *p, T b, memory_order) { \
-    msl_rt_atomic((ulong)p, sizeof(T), true);                                \
-    p->msl_value = b;                                                        \
+    msl_atomic_read<T>((ulong)p, true);                                      \
+    msl_atomic_write<T>((ulong)p, b);                                        \
   }                                                                          \
   MSL_FN bool atomic_compare_exchange_weak_explicit(volatile SPACE atomic<T> *p, thread T *expected, T desired, \
                                                     memory_order, memory_order) { \
-    msl_rt_atomic((ulong)p, sizeof(T), true);                                \
-    T found = p->msl_value;                                                  \
-    if (found == *expected) {                                                \
-      p->msl_value = desired;                                                \
-      return true;                                                           \
-    }                                                                        \
+    T found = msl_atomic_read<T>((ulong)p, true);                            \
+    bool same = found == *expected;                                          \
+    if (same) msl_atomic_write<T>((ulong)p, desired);                        \
     *expected = found;                                                       \
-    return false;                                                            \
+    return same;                                                             \
   }
 #define MSL_ATOMIC_INTEGER(SPACE, T)                                         \
   MSL_ATOMIC(SPACE, T)                                                       \

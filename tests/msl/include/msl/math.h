@@ -27,10 +27,11 @@ MSL_INTEGERS(MSL_SELECT) MSL_SELECT(half) MSL_SELECT(float) MSL_SELECT(bfloat)
 MSL_FN int abs(int x) { return x < 0 ? -x : x; }
 MSL_FN long abs(long x) { return x < 0 ? -x : x; }
 
+// In OpenCL `long` has 64 bits and `long long` 128.
 #define MSL_BITS(T, U, BITS)                                                                       \
-  MSL_FN T popcount(T x) { return (T)__builtin_popcountll((U)x); }                                 \
-  MSL_FN T clz(T x) { return x ? (T)(__builtin_clzll((U)x) - (64 - BITS)) : (T)BITS; }             \
-  MSL_FN T ctz(T x) { return x ? (T)__builtin_ctzll((U)x) : (T)BITS; }
+  MSL_FN T popcount(T x) { return (T)__builtin_popcountl((U)x); }                                 \
+  MSL_FN T clz(T x) { return x ? (T)(__builtin_clzl((U)x) - (64 - BITS)) : (T)BITS; }             \
+  MSL_FN T ctz(T x) { return x ? (T)__builtin_ctzl((U)x) : (T)BITS; }
 MSL_BITS(int, uint, 32) MSL_BITS(uint, uint, 32) MSL_BITS(long, ulong, 64) MSL_BITS(ulong, ulong, 64)
 MSL_BITS(ushort, ushort, 16) MSL_BITS(uchar, uchar, 8)
 #undef MSL_BITS
