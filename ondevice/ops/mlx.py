@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,10 @@ class MlxOps(MlxSkipping, Ops):
                 logits = result.astype(mx.float32)
                 mx.eval(logits, cache.pages.arrays(), self.counted.end_step())
             except BaseException:
+                # What is not evaluated can only be by this thread, and the next step may come from another.
                 self.counted.drop_step()
+                with suppress(RuntimeError):
+                    mx.eval(cache.pages.arrays())
                 raise
             self._queued = None
             self.counted.step_ended()

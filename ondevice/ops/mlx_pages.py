@@ -100,12 +100,12 @@ def _group(head_dim: int, bits: int) -> int:
 
 
 def _write(parts: list[Any], i: int, rows: Any, step: MlxStep) -> None:
-    """Puts rows [kv heads, N, width] into a store, in place: nobody else may hold it, neither list nor frame."""
-    store = parts[i]
-    parts[i] = None
-    shape = store.shape
-    flat = store.reshape(shape[0], -1, shape[3])
-    del store
+    """Puts rows [kv heads, N, width] into a store.
+
+    MLX writes in place if nobody else holds the array when the step is evaluated, so no other reference may be kept.
+    """
+    shape = parts[i].shape
+    flat = parts[i].reshape(shape[0], -1, shape[3])
     if step.start is None:
         flat[:, step.flat.device] = rows
     else:

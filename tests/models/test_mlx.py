@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from ondevice.checkpoint.quantization import Quantized, dequantize, quantize
+from ondevice.ops.base import Step
 from ondevice.ops.reference import ReferenceOps
 from tests.models.cases import CASES, case_ids, case_spec, case_tensors
 from tests.models.running import decode_logits, make_decoder, prefill_into, prefill_logits
@@ -213,21 +214,62 @@ def test_a_chunk_that_nobody_waits_for(mlx: Any, monkeypatch: Any) -> None:
 
 
 def test_a_step_that_fails_leaves_the_table_usable(mlx: Any) -> None:
+    """Also to another thread, which cannot evaluate what this one has left."""
     spec = sparse_spec("cats")
     ours, judge = mlx.both(spec, sparse_tensors(spec))
     ids = case_ids("llama1")[:9]
+    cache = ours.new_cache(1, 64)
+    cache.reserve(0, 9)
 
     def fails(step: Any) -> Any:
         ours._hidden(step, cache, 2, 0)
         raise KeyboardInterrupt
 
-    cache = ours.new_cache(1, 64)
-    cache.reserve(0, 9)
-    from ondevice.ops.base import Step
-
     everyone = np.arange(9, dtype=np.int32)
     with pytest.raises(KeyboardInterrupt):
         ours.ops.run(Step(ids, everyone, np.zeros(9, np.int32), everyone), cache, fails)
-    assert mlx.furthest(prefill_into(cache, ours, ids), prefill_logits(judge, ids)) < EXACT
+    found: list[Any] = []
+
+    def go_on() -> None:
+        try:
+            found.append(prefill_into(cache, ours, ids))
+        except BaseException as e:
+            found.append(e)
+
+    worker = threading.Thread(target=go_on)
+    worker.start()
+    worker.join()
+    assert mlx.furthest(found[0], prefill_logits(judge, ids)) < EXACT
     tally = ours.ops.counts()["ffn"]
     assert 0 < tally.kept < tally.units
+
+
+def test_what_is_damaged_in_one_sequence_stays_there(mlx: Any) -> None:
+    """0 times NaN is NaN: what a mask hides must not be read from another's pages."""
+    import mlx.core as mx
+
+    spec, ids = case_spec("llama3"), case_ids("llama3")
+    ours, judge = mlx.both(spec, case_tensors("llama3"))
+    caches = [decoder.new_cache(2, 192) for decoder in (ours, judge)]
+    for decoder, cache in zip((ours, judge), caches):
+        for slot, length in enumerate((130, 3)):
+            prefill_into(cache, decoder, ids[:length], slot=slot)
+    for parts in (*caches[0].pages.keys, *caches[0].pages.values):
+        parts[0][:, mx.array(caches[0].block_table[0])] = mx.nan
+    step = Step(*(np.array(x, np.int32) for x in ([5, 5], [130, 3], [0, 1], [1])))
+    for cache in caches:
+        cache.reserve(0, 1)
+        cache.reserve(1, 1)
+    assert mlx.furthest(*(d._step(step, cache) for d, cache in zip((ours, judge), caches))) < EXACT
+
+
+def test_of_equal_scores_the_first(mlx: Any) -> None:
+    import mlx.core as mx
+
+    from ondevice.ops.mlx_selection import largest
+
+    scores = np.random.RandomState(0).randint(0, 3, (40, 7)).astype(np.float32)
+    for k in (1, 2, 5, 6, 7, 9):
+        right = np.zeros(scores.shape, bool)
+        np.put_along_axis(right, np.argsort(-scores, axis=1, kind="stable")[:, :k], True, axis=1)
+        assert np.array_equal(np.array(largest(mx.array(scores), k)), right)
