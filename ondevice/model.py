@@ -228,7 +228,8 @@ class Model:
             sampling: fields of SamplingParams.
 
         Returns:
-            An Answer; for a list of prompts, a list of them. A row of a batch equals its single run.
+            An Answer; for a list of prompts, a list of them. A row of a batch equals its single run; on mlx, up to
+            rounding.
 
         Raises:
             OptionError: an unknown or impossible option.

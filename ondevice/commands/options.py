@@ -40,7 +40,7 @@ def backend_option(f: F) -> F:
         default="auto",
         show_default=True,
         envvar="ONDEVICE_BACKEND",
-        help="What computes; reference is float64 and slow.",
+        help="What computes; mlx is for Apple silicon, reference is float64 and slow.",
     )(f)
 
 

@@ -23,9 +23,10 @@ from ondevice.errors import OptionError
 from ondevice.ops.base import Body, Ops, Step
 from ondevice.ops.mlx_activation import activate, activate_gated, fused, soft_cap
 from ondevice.ops.mlx_attention import by_segments, full_attention
+from ondevice.ops.mlx_bytes import KV_BITS
 from ondevice.ops.mlx_device import find_device
 from ondevice.ops.mlx_memory import MemoryGuard
-from ondevice.ops.mlx_pages import KV_BITS, Pages
+from ondevice.ops.mlx_pages import Pages
 from ondevice.ops.mlx_skipping import MlxSkipping
 from ondevice.ops.mlx_step import Index, MlxStep, Segment
 from ondevice.ops.mlx_weights import Joined, Matrix, expressible, pack_joined, pack_matrix, to_device

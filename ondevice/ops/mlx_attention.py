@@ -49,7 +49,7 @@ def full_attention(q: Any, keys: Any, values: Any, seen: Visible, scale: float, 
     dh = keys.shape[3]
     queries = q.reshape(sequences, n, -1, dh).swapaxes(1, 2)
     if not softcap:
-        mask = None if seen.mask is None else "causal" if seen.causal else seen.mask
+        mask = None if not seen.hides else "causal" if seen.causal else seen.mask
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     else:
         scores = soft_cap(_scores(queries, keys, scale), softcap)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import mlx.core as mx
 from ondevice import machine
 from ondevice.decoder import PREFILL_CHUNK
 from ondevice.errors import OptionError
-from ondevice.ops.mlx_pages import KV_BITS, kv_bytes
+from ondevice.ops.mlx_bytes import KV_BITS, device_bytes, kv_bytes
 
 if TYPE_CHECKING:
     from ondevice.checkpoint.base import Checkpoint
@@ -28,9 +27,6 @@ _LOG = logging.getLogger("ondevice")
 LIMIT_VARIABLE = "ONDEVICE_MLX_MEMORY_GB"
 CACHED_PART = 8
 """Of the limit, one part in so many may be buffers that MLX keeps for later ones of the same size."""
-_AFFINE = re.compile(r"affine (\d+)-bit g(\d+)")
-_GGUF = re.compile(r"Q([458])_[01K]")
-GGUF_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,25 +95,6 @@ class MemoryGuard:
             f"{what} would take {need / 1e9:.2f} GB on MLX's {self.name}{beside}, of {self.limit / 1e9:.2f} GB that "
             f"may be used ({self.reason}): {way}, or raise {LIMIT_VARIABLE} if you know better"
         )
-
-
-def device_bytes(kind: str, shape: tuple[int, ...], itemsize: int) -> int:
-    """Bytes of a tensor on the device.
-
-    Args:
-        kind: its type, as `Checkpoint.stored` names it.
-        shape: of it.
-        itemsize: of the table's numbers, which scales and floats become; what MLX has no kernels for becomes floats.
-    """
-    count = math.prod(shape)
-    affine, gguf = _AFFINE.fullmatch(kind), _GGUF.fullmatch(kind)
-    if affine:
-        bits, group = int(affine[1]), int(affine[2])
-    elif gguf:
-        bits, group = int(gguf[1]), GGUF_GROUP
-    else:
-        return count * itemsize
-    return count * bits // 8 + 2 * itemsize * (count // group)
 
 
 def working_bytes(spec: ModelSpec) -> int:

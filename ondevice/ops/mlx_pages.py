@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ondevice.errors import OptionError
+from ondevice.ops.mlx_bytes import kv_group
 
 if TYPE_CHECKING:
     from ondevice.ops.mlx_step import MlxStep, Visible
-
-KV_BITS = (4, 8)
-KV_GROUPS = (64, 32)
-"""Dimensions of a head with one scale, the first that divides it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +41,7 @@ class Pages:
         Raises:
             OptionError: heads that make no whole groups.
         """
-        group = _group(shape[3], bits) if bits else 0
+        group = kv_group(shape[3], bits) if bits else 0
         columns = [(shape[3], dtype)]
         if bits:
             columns = [(shape[3] * bits // 32, mx.uint32), *[(shape[3] // group, dtype)] * 2]
@@ -81,22 +77,6 @@ class Pages:
             return _take(parts[0], seen)
         codes, scales, biases = (_take(part, seen) for part in parts)
         return mx.dequantize(codes, scales, biases, self.group, self.bits)
-
-
-def kv_bytes(head_dim: int, itemsize: int, bits: int) -> int:
-    """Bytes of a key or value. bits: 0 for floats."""
-    if not bits:
-        return head_dim * itemsize
-    return head_dim * bits // 8 + 2 * itemsize * (head_dim // _group(head_dim, bits))
-
-
-def _group(head_dim: int, bits: int) -> int:
-    for group in KV_GROUPS:
-        if head_dim % group == 0:
-            return group
-    raise OptionError(
-        f"--kv-bits {bits} (kv_bits): heads of {head_dim} dimensions make no groups of {KV_GROUPS[-1]}; leave it out"
-    )
 
 
 def _write(parts: list[Any], i: int, rows: Any, step: MlxStep) -> None:

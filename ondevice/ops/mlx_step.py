@@ -42,27 +42,72 @@ class Index:
         return len(self.host)
 
 
-@dataclass(frozen=True, slots=True)
 class Visible:
     """Keys that the tokens of a segment see, of the oldest that any of them sees to the newest.
 
     Args:
+        cache: that they lie in.
+        slots: int32 [S].
+        at: int64 [S, n], positions of the tokens.
+        window: keys that a token sees, counting its own; 0 for all.
+
+    Attributes:
         keys: most keys of a sequence, L.
+        counts: int64 [S, n], keys that each token sees.
         start: of the keys in the flat pages, where they lie side by side, so that nothing has to be gathered.
-        flat: int32 [S, L] of places in the flat pages; None where there is a start.
-        positions: int32 [S, L] of the keys in their sequence.
-        counts: int [S, n], keys that each token sees.
-        mask: bool [S, 1, n, L] of keys that are seen; None for all of them.
         causal: whether the mask is what "causal" means to MLX: each token of one sequence sees one key more.
     """
 
-    keys: int
-    start: int | None
-    flat: Any
-    positions: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    mask: Any
-    causal: bool
+    __slots__ = (
+        *("_at", "_cache", "_first", "_flat", "_last", "_mask", "_slots", "_window"),
+        *("causal", "counts", "keys", "start"),
+    )
+
+    def __init__(self, cache: KVCache, slots: NDArray[np.int32], at: NDArray[np.int64], window: int) -> None:
+        self._cache, self._slots, self._at, self._window = cache, slots, at, window
+        self._last = at.max(axis=1)
+        self._first = np.maximum(at.min(axis=1) + 1 - window, 0) if window else np.zeros_like(self._last)
+        self.keys = int((self._last - self._first).max()) + 1
+        self.counts = np.minimum(at + 1, window) if window else at + 1
+        self.causal = len(at) == 1 and not window and bool((np.diff(at[0]) == 1).all())
+        self.start = self._side_by_side()
+        self._flat: Any = None
+        self._mask: Any = None
+
+    @property
+    def hides(self) -> bool:
+        """Whether there is a key that not all tokens of its sequence see."""
+        return int(self.counts.min()) < self.keys
+
+    @property
+    def mask(self) -> Any:
+        """bool [S, 1, n, L] of keys that are seen; None for all of them. It can be large: made when asked for."""
+        if self._mask is None and self.hides:
+            key, at = self._positions()[:, None, :], self._at[:, :, None]
+            seen = key <= at
+            if self._window:
+                seen &= key > at - self._window
+            self._mask = mx.array(seen[:, None])
+        return self._mask
+
+    @property
+    def flat(self) -> Any:
+        """int32 [S, L] of the keys' places in the flat pages."""
+        if self._flat is None:
+            # What is beyond a sequence's newest key is never another's: 0 times another's NaN would be NaN.
+            inside = np.minimum(self._positions(), self._last[:, None])
+            self._flat = mx.array(_flat(self._cache, self._slots[:, None], inside))
+        return self._flat
+
+    def _positions(self) -> NDArray[np.int64]:
+        return self._first[:, None] + np.arange(self.keys)
+
+    def _side_by_side(self) -> int | None:
+        if len(self._slots) > 1:
+            return None
+        page, first = self._cache.page, int(self._first[0])
+        pages = self._cache.block_table[self._slots[0], first // page : int(self._last[0]) // page + 1]
+        return None if (np.diff(pages) != 1).any() else int(pages[0]) * page + first % page
 
 
 @dataclass(slots=True)
@@ -92,33 +137,8 @@ class Segment:
     def visible(self, cache: KVCache, window: int) -> Visible:
         """What the tokens see of their sequences. window: keys, counting the token's own; 0 for all."""
         if window not in self._visible:
-            self._visible[window] = self._look(cache, window)
+            self._visible[window] = Visible(cache, self.slots, self.positions.astype(np.int64), window)
         return self._visible[window]
-
-    def _look(self, cache: KVCache, window: int) -> Visible:
-        at = self.positions.astype(np.int64)
-        last = at.max(axis=1)
-        first = np.maximum(at.min(axis=1) + 1 - window, 0) if window else np.zeros_like(last)
-        length = int((last - first).max()) + 1
-        key = first[:, None] + np.arange(length)
-        seen = key[:, None, :] <= at[:, :, None]
-        if window:
-            seen &= key[:, None, :] > at[:, :, None] - window
-        counts = np.minimum(at + 1, window) if window else at + 1
-        mask = None if seen.all() else mx.array(seen[:, None])
-        causal = len(at) == 1 and not window and bool((np.diff(at[0]) == 1).all())
-        start = self._side_by_side(cache, int(first[0]), int(last[0])) if len(at) == 1 else None
-        if start is not None:
-            return Visible(length, start, None, key, counts, mask, causal)
-        # What is beyond a sequence's newest key is never another's: 0 times another's NaN would be NaN.
-        inside = np.minimum(key, last[:, None])
-        return Visible(length, None, mx.array(_flat(cache, self.slots[:, None], inside)), key, counts, mask, causal)
-
-    def _side_by_side(self, cache: KVCache, first: int, last: int) -> int | None:
-        pages = cache.block_table[self.slots[0], first // cache.page : last // cache.page + 1]
-        if (np.diff(pages) != 1).any():
-            return None
-        return int(pages[0]) * cache.page + first % cache.page
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,8 +158,12 @@ def test_which_table_a_machine_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     from ondevice.model import op_table
     from ondevice.ops import mlx_device
     from ondevice.ops.mlx import MlxOps
+    from ondevice.ops.mlx_device import find_device
     from ondevice.ops.mlx_metal import MetalOps
 
-    assert type(op_table("mlx", None, None)) is MlxOps
+    monkeypatch.setattr(mlx_device, "find_device", lambda: SimpleNamespace(metal=False))
+    with monkeypatch.context() as patch:
+        patch.setattr("ondevice.ops.mlx.find_device", find_device)
+        assert type(op_table("mlx", None, None)) is MlxOps
     monkeypatch.setattr(mlx_device, "find_device", lambda: SimpleNamespace(metal=True))
     assert type(op_table("mlx", None, None)) is MetalOps

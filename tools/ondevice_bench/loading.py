@@ -83,7 +83,7 @@ def load_decoder(
     ops = op_table(backend, threads, progress and compiling_progress(progress), source.kv_bits)
     if profile:
         profile_table(ops)
-    with _open(source, cases, progress) as checkpoint:
+    with open_source(source, cases, progress) as checkpoint:
         check(cases, checkpoint.spec, source.name)
         # Random weights have all that a decoder asks of a checkpoint.
         weights = cast("Checkpoint", checkpoint)
@@ -99,7 +99,8 @@ def load_decoder(
     return decoder
 
 
-def _open(source: Source, cases: Sequence[Case], progress: Progress | None) -> Any:
+def open_source(source: Source, cases: Sequence[Case], progress: Progress | None = None) -> Any:
+    """What the weights come from, as a context manager: a file, or random ones, which are not made before asked for."""
     if source.bits is None:
         return open_checkpoint(find(source.name, progress))
     spec = shape_spec(source.name)
