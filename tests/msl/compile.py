@@ -57,14 +57,16 @@ ATTRIBUTES = {
     "threads_per_simdgroup": "32u",
     "threads_per_threadgroup": "msl_three(p->group_size)",
 }
-WARNINGS = [
-    "-Wall -Wno-unused -Wno-unknown-attributes -Wno-ignored-attributes -Wno-undefined-internal -Wno-c++17-extensions",
-    "-Werror=uninitialized -Werror=sometimes-uninitialized -Werror=conditional-uninitialized -Werror=return-type",
-]
-OPENCL = ["-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang", "-cl-single-precision-constant"]
+COMMON = ("-Xclang", "-cl-single-precision-constant", "-I", str(toolchain.INCLUDE))  # 1.0 is a float
+CODE = f"-O1 -g -fPIC {toolchain.MACHINE} -ffp-contract=on -ftrivial-auto-var-init=pattern".split()
+TEMPLATE = ("-x", "c++", "-std=c++14", *COMMON)
+OPENCL = (
+    *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", *COMMON, *CODE),
+    "-fsanitize=thread,bounds,integer-divide-by-zero,signed-integer-overflow",
+)
+STRICT = ("-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=conditional-uninitialized")
 FLAGS_OF_UNNAMED = ("used", "referenced", "implicit", "invalid")
 """Where clang prints a declaration's name, if it has one."""
-SANITIZERS = "thread,bounds,integer-divide-by-zero,signed-integer-overflow"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def compiled(kernel: str, source: str, header: str, signature: Signature) -> Lib
             assembly = _assembly(kernel, text)
             _clang(kernel, "-c", assembly, "-o", folder / "kernel.o")
             objects = folder / "kernel.o", toolchain.runtime_object()
-            toolchain.run_or_fail("ld.lld", "-shared", "-Bsymbolic", *objects, "-o", folder / path.name)
+            toolchain.run_or_fail("ld.lld", "-shared", "-Bsymbolic", "--strip-all", *objects, "-o", folder / path.name)
     return _load(path)
 
 
@@ -128,20 +130,13 @@ def _clang(kernel: str, *arguments: str | Path) -> str:
     raise KernelError(kernel, [Finding(Kind.COMPILE, line) for line in lines])
 
 
-def _include() -> list[str]:
-    return ["-I", str(toolchain.INCLUDE), *" ".join(WARNINGS).split()]
-
-
 def _check_template(folder: Path, kernel: str, source: str, header: str, signature: Signature) -> None:
     body = signature.text.removeprefix(header)
     body = body.replace(f"{{\n{source}\n}}\n", f'{{\n#line 1 "{kernel}.metal"\n{source}\n}}\n')
     body = re.sub(r"^template \[\[host_name\(.*?\)\]\] \[\[kernel\]\] decltype", "template decltype", body, flags=re.M)
     text = folder / "template.cpp"
-    text.write_text(
-        f'#include <metal_stdlib>\n#line 1 "{kernel}.header.metal"\n{header}\n#line 1 "{kernel}.whole.metal"\n{body}'
-    )
-    single = ["-Xclang", "-cl-single-precision-constant"]
-    _clang(kernel, "-x", "c++", "-std=c++14", "-fsyntax-only", *single, *_include(), text)
+    text.write_text(f'#line 1 "{kernel}.header.metal"\n{header}\n#line 1 "{kernel}.whole.metal"\n{body}')
+    _clang(kernel, *toolchain.prelude(*TEMPLATE), *STRICT, "-fsyntax-only", text)
 
 
 def _opencl(kernel: str, source: str, header: str, signature: Signature) -> str:
@@ -153,7 +148,7 @@ def _opencl(kernel: str, source: str, header: str, signature: Signature) -> str:
     ]
     arguments += [ATTRIBUTES[name] for _, name in signature.attributes]
     return (
-        f'#include <metal_stdlib>\n#line 1 "{kernel}.header.metal"\n{header}\n#line 1 "signature"\n'
+        f'#line 1 "{kernel}.header.metal"\n{header}\n#line 1 "signature"\n'
         f"{signature.constants}__kernel void {signature.name}(\n" + ",\n".join(parameters) + ") {\n"
         f'#line 1 "{kernel}.metal"\n{source}\n}}\n#line 1 "entry"\n{POSITION}'
         'extern "C" void msl_entry(thread ulong *buffers, const thread MslPosition *p) {\n'
@@ -167,9 +162,9 @@ def _check_address_spaces(kernel: str, text: Path) -> None:
     Pointers and references without an address space, which are "generic" here, and variables of the program outside of
     the constant address space, which are "global" here.
     """
-    tree = _clang(kernel, *OPENCL, *_include(), "-w", "-fsyntax-only", "-Xclang", "-ast-dump", text)
+    tree = _clang(kernel, *toolchain.prelude(*OPENCL), "-fsyntax-only", "-Xclang", "-ast-dump", text)
     found, file, line = [], "", 0
-    for node in tree[tree.index(".metal:") - 200 :].splitlines():  # what comes before is not the kernel's
+    for node in tree.splitlines():
         for place in re.finditer(r"[<, ](?:line:(\d+):\d+|(?!col:)([^\s<>,:]+):(\d+):\d+)", node.split("'")[0]):
             file, line = (file, int(place[1])) if place[1] else (place[2], int(place[3]))
         declared = re.search(r"VarDecl .*? (\w+) '([^']*)'", node)
@@ -186,14 +181,13 @@ def _check_address_spaces(kernel: str, text: Path) -> None:
 
 def _assembly(kernel: str, text: Path) -> Path:
     ir, assembly = text.with_suffix(".ll"), text.with_suffix(".s")
-    code = f"-O1 -g -fPIC {toolchain.MACHINE} -ffp-contract=on -ftrivial-auto-var-init=pattern".split()
     emit = ["-Xclang", "-disable-llvm-passes", "-S", "-emit-llvm"]
-    _clang(kernel, *OPENCL, *_include(), *code, f"-fsanitize={SANITIZERS}", *emit, text, "-o", ir)
+    _clang(kernel, *toolchain.prelude(*OPENCL), *STRICT, *emit, text, "-o", ir)
     ir.write_text(_inline_all(_with_red_zones(ir.read_text())))
     passes = ["-tsan-instrument-func-entry-exit=0", "-tsan-instrument-read-before-write=1", "-enable-tail-merge=0"]
     flags = [flag for each in passes for flag in ("-mllvm", each)]
     flags += ["-fsanitize=thread", "-fno-optimize-sibling-calls", "-fverbose-asm", "-Wno-override-module"]
-    _clang(kernel, *code, *flags, "-S", ir, "-o", assembly)
+    _clang(kernel, *CODE, *flags, "-S", ir, "-o", assembly)
     assembly.write_bytes(_with_sites(kernel, assembly.read_bytes()))
     return assembly
 
@@ -243,19 +237,22 @@ def _element(ir_type: str) -> int:
 def _with_sites(kernel: str, assembly: bytes) -> bytes:
     """Numbers the calls of the runtime by the lines that they came from, as clang's comments tell."""
     numbers: dict[str, int] = {"the end of the kernel": 0}
-    place, lines, calls = "?", [], 0
-    for line in assembly.split(b"\n"):
-        if line.startswith(b"\t.loc\t"):
-            frames = re.findall(rb"([^\s@\[\]]+\.metal:\d+:\d+)", line.partition(b"#")[2])
+    place, calls = "?", 0
+
+    def numbered(line: re.Match[bytes]) -> bytes:
+        nonlocal place, calls
+        if line[1] is not None:  # a .loc, with a comment on it
+            frames = re.findall(rb"([^\s@\[\]]+\.metal:\d+:\d+)", line[1])
             place = " < ".join(frame.decode().rsplit("/", 1)[-1] for frame in frames) or "?"
-        elif re.match(rb"\tcallq\t\*?(__tsan_(?!init)|msl_rt_|__ubsan_)", line):
-            number = numbers.setdefault(place, len(numbers))
-            lines.append(b"\tmovl\t$%d, msl_site(%%rip)" % number)
-            calls += 1
-        lines.append(line)
+            return line[0]
+        calls += 1
+        return b"\tmovl\t$%d, msl_site(%%rip)\n" % numbers.setdefault(place, len(numbers)) + line[0]
+
+    pattern = rb"^\t\.loc\t[^#\n]*(.*)$|^\tcallq\t\*?(?:__tsan_(?!init)|msl_rt_|__ubsan_).*$"
+    text = re.sub(pattern, numbered, assembly, flags=re.M)
     if not calls:
         raise EmulatorError(f"kernel {kernel}: no access to memory was instrumented")
-    return b"\n".join(lines) + _table(list(numbers))
+    return text + _table(list(numbers))
 
 
 def _table(locations: Sequence[str]) -> bytes:

@@ -5,7 +5,6 @@ Both have the same face, so that one test runs on either.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from unittest import mock
 import mlx.core as mx
 
 from tests.msl import native, toolchain
-from tests.msl.kernel import Kernel, Run
+from tests.msl.kernel import Kernel, Run, is_kernel
 
 SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 0), ("random", 1), ("random", 2))
 """Orders in which threads run, and seeds: what a kernel that is right must not depend on."""
@@ -24,18 +23,13 @@ Edit = Callable[[str, str, str], tuple[str, str]]
 """Given a kernel's name, source and header: the source and header to run instead."""
 
 
-def is_kernel(full_name: str, name: str) -> bool:
-    """Whether a kernel has this name, but for the package before it and the checksum of its text behind it."""
-    return re.fullmatch(rf"(?:ondevice_)?{re.escape(name)}(?:_[0-9a-f]{{8}})?", full_name) is not None
-
-
 class Emulator:
     """Makes kernels that the emulator runs.
 
     Attributes:
         order, seed: the schedule of the next calls; `forward`, `reverse` or `random`.
         runs: one entry for each call of a kernel.
-        may_leave_unwritten: names of kernels whose outputs may have elements that nobody writes.
+        may_leave_unwritten: names of kernels (as `is_kernel` takes them) whose outputs may have unwritten elements.
         edit: changes the text of kernels made from now on; for mutants.
         on_gpu: False: nothing here ran on a GPU.
     """

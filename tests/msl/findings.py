@@ -22,6 +22,7 @@ class Kind(Enum):
     INACTIVE_LANE = "read from a lane that is not there"
     UNDEFINED = "undefined behaviour"
     UNWRITTEN = "output never written"
+    ENDLESS = "does not end"
     WRONG = "wrong result"  # what a comparison with a reference finds, not the emulator
 
 

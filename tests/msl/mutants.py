@@ -14,8 +14,9 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from tests.msl.emulator import emulated, is_kernel
+from tests.msl.emulator import emulated
 from tests.msl.findings import KernelError, Kind
+from tests.msl.kernel import is_kernel
 
 SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 0), ("random", 1))
 """Tried in this order until one shows the mutant."""

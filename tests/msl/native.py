@@ -25,6 +25,7 @@ KINDS = {
     9: Kind.INACTIVE_LANE,
     10: Kind.UNDEFINED,
     11: Kind.UNWRITTEN,
+    12: Kind.ENDLESS,
 }
 OUTSIDE_OF_ARRAY = 1
 UNDEFINED = {
@@ -78,6 +79,7 @@ class Launch(c.Structure):
         ("simd_operations", c.c_uint64),
         ("barriers", c.c_uint64),
         ("groups", c.c_uint64),
+        ("max_steps", c.c_uint64),
     )
 
 
@@ -109,6 +111,10 @@ def _lane(found: NativeFinding, library: Library, buffers: Sequence[tuple[str, i
     return f"lane {found.offset}"
 
 
+def _steps(found: NativeFinding, library: Library, buffers: Sequence[tuple[str, int, str]]) -> str:
+    return f"{found.offset} steps and no end"
+
+
 def _undefined(found: NativeFinding, library: Library, buffers: Sequence[tuple[str, int, str]]) -> str:
     return UNDEFINED[found.region]
 
@@ -123,7 +129,7 @@ def _accessed(found: NativeFinding, library: Library, buffers: Sequence[tuple[st
     else:
         name, element, shape = buffers[found.region]
         place = f"{name}[{found.offset // element}] (shape {shape})"
-    if found.kind == 11:
+    if KINDS[found.kind] is Kind.UNWRITTEN:
         return f"{place} and on" if found.count > 1 else place
     return f"{'write' if found.write else 'read'} of {found.size} bytes at {place}"
 
@@ -134,4 +140,5 @@ _MESSAGES: dict[Kind, Callable[[NativeFinding, Library, Sequence[tuple[str, int,
     Kind.FINISHED_LANES: _waiting,
     Kind.INACTIVE_LANE: _lane,
     Kind.UNDEFINED: _undefined,
+    Kind.ENDLESS: _steps,
 }

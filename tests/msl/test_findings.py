@@ -130,12 +130,22 @@ CASES: dict[Kind, dict[str, tuple[Any, ...]]] = {
         "lane 32": ("out[i] = simd_shuffle(float(i), i % 32 + 1);", "lane 32"),
         "a short simdgroup": ("out[i] = simd_shuffle(float(i), 31);", "lane 31", {"threads": 20, "init_value": 0.0}),
     },
+    Kind.ENDLESS: {
+        "accesses": ("for (uint j = 0; j < 2; j += uint(x[0])) out[i] = j;", "steps and no end at k.metal:2"),
+        "sums": ("float v = 1; while (v > 0) v = simd_max(v);\nout[i] = v;", "steps and no end at k.metal:2"),
+    },
     Kind.LIMIT: {
         "threads": ("out[i] = 0;", "2048 threads", {"threads": 2048, "group": 2048}),
         "an empty grid": ("out[i] = 0;", "grid (0, 1, 1)", {"threads": 0}),
         "threadgroup memory": ("threadgroup float s[8193]; s[i] = 0; out[i] = 0;", "32772 bytes"),
     },
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def soon_endless(monkeypatch):
+    """What these kernels do takes few steps."""
+    monkeypatch.setattr("tests.msl.kernel.MAX_STEPS", 100_000)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, cases in CASES.items() for name in cases])

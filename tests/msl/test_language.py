@@ -170,10 +170,12 @@ SIMD = {
 }
 
 
-@pytest.mark.parametrize("text", SIMD)
-def test_functions_of_simdgroups(text):
-    body = I + f"uint lane = thread_index_in_simdgroup; float v = x[i];\nout[i] = {text};"
-    np.testing.assert_array_equal(run(body, {"x": mx.array(lanes())}), by_simdgroup(SIMD[text]))
+def test_functions_of_simdgroups():
+    body = I + "uint lane = thread_index_in_simdgroup; float v = x[i];\n"
+    body += "".join(f"out[{64 * n} + i] = {text};\n" for n, text in enumerate(SIMD))
+    got = run(body, {"x": mx.array(lanes())}, n=64 * len(SIMD)).reshape(-1, 64)
+    for row, (text, want) in zip(got, SIMD.items()):
+        np.testing.assert_array_equal(row, by_simdgroup(want), err_msg=text)
 
 
 def test_sum_of_a_short_simdgroup():
@@ -213,17 +215,18 @@ ATTRIBUTES = {
 }
 
 
-@pytest.mark.parametrize("attribute", ATTRIBUTES)
-@pytest.mark.parametrize("d", [0, 1, 2])
-def test_attributes_of_a_ragged_grid(attribute, d):
+def test_attributes_of_a_ragged_grid():
     """10 x 3 x 2 threads in groups of 4 x 2 x 1: those at the edge are smaller."""
+    words = [(word.format("xyz"[d]), want, d) for word, want in ATTRIBUTES.items() for d in range(3)]
     body = (
         "uint3 g = thread_position_in_grid; uint3 n = threads_per_grid;\n"
-        f"out[(g.z * n.y + g.y) * n.x + g.x] = {attribute.format('xyz'[d])};"
+        "device int* mine = out + ((g.z * n.y + g.y) * n.x + g.x);\n"
     )
-    got = run(body, {}, mx.int32, n=60, grid=(10, 3, 2), group=(4, 2, 1))
-    want = [ATTRIBUTES[attribute]((x, y, z), (4, 2, 1), d) for z in range(2) for y in range(3) for x in range(10)]
-    assert got.tolist() == want
+    body += "".join(f"mine[{60 * at}] = {word};\n" for at, (word, _, _) in enumerate(words))
+    got = run(body, {}, mx.int32, n=60 * len(words), grid=(10, 3, 2), group=(4, 2, 1)).reshape(-1, 60)
+    for row, (word, want, d) in zip(got, words):
+        at = [want((x, y, z), (4, 2, 1), d) for z in range(2) for y in range(3) for x in range(10)]
+        assert row.tolist() == at, word
 
 
 def test_attributes_of_simdgroups():

@@ -17,7 +17,7 @@ from tests.msl.findings import EmulatorError
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """No compiler known yet, and an empty folder of compiled kernels."""
-    caches = (toolchain.compiler, toolchain.cache, toolchain.runtime_object, compile.compiled)
+    caches = (toolchain.compiler, toolchain.cache, toolchain.runtime_object, toolchain.prelude, compile.compiled)
     for each in caches:
         each.cache_clear()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -91,7 +91,7 @@ def test_compiled_once(fresh, monkeypatch):
         assert len(calls) == first
         assert call("out[0] = 2;") == 2
         assert len(calls) > first
-    assert sorted(path.suffix for path in toolchain.cache().iterdir()) == [".o", ".so", ".so"]
+    assert sorted(path.suffix for path in toolchain.cache().iterdir()) == [".o", ".pch", ".pch", ".so", ".so"]
 
 
 def test_folder_of_another_user(fresh, monkeypatch):

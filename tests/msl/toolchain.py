@@ -71,6 +71,7 @@ def fingerprint() -> str:
     """Of the emulator: what it compiles is not found again once any of its files or the compiler changes."""
     files = [HERE / "toolchain.py", HERE / "compile.py", *INCLUDE.rglob("*"), *RUNTIME.iterdir()]
     content = b"".join(path.read_bytes() for path in sorted(files) if path.is_file())
+    content += str(INCLUDE).encode()  # precompiled headers know where they came from
     return hashlib.sha256(content + run_or_fail("clang", "--version").encode()).hexdigest()
 
 
@@ -96,6 +97,18 @@ def runtime_object() -> Path:
             flags = f"-x c++ {freestanding} -fvisibility=hidden -O2 -fPIC {MACHINE}".split()
             run_or_fail("clang", *flags, "-c", RUNTIME / "runtime.cpp", "-o", folder / path.name)
     return path
+
+
+@functools.cache
+def prelude(*flags: str) -> tuple[str, ...]:
+    """`flags`, and those that bring what MLX puts before a kernel, precompiled: it is longer than any kernel."""
+    key = hashlib.sha256(repr((fingerprint(), flags)).encode()).hexdigest()[:16]
+    path = cache() / f"prelude-{key}.pch"
+    with made_once(path) as folder:
+        if folder:
+            emit = ["-Xclang", "-emit-pch", "-Xclang", "-fno-pch-timestamp", "-c"]
+            run_or_fail("clang", *flags, *emit, INCLUDE / "metal_stdlib", "-o", folder / path.name)
+    return (*flags, "-include-pch", str(path))
 
 
 @functools.cache

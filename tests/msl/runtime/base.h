@@ -19,7 +19,7 @@ enum { PROT_NONE = 0, PROT_READ_WRITE = 3, MAP_PRIVATE_ANONYMOUS_NORESERVE = 0x2
 // The structs that Python fills in or reads; `native.py` has the same.
 enum Kind : u32 {
   OUT_OF_BOUNDS = 1, RACE_WRITES, RACE_READ, UNINITIALISED, WRITE_TO_INPUT, DIVERGENT_BARRIER, DIVERGENT_SIMD,
-  FINISHED_LANES, INACTIVE_LANE, UNDEFINED, UNWRITTEN,
+  FINISHED_LANES, INACTIVE_LANE, UNDEFINED, UNWRITTEN, ENDLESS,
 };
 enum { OUTSIDE_OF_ARRAY = 1, DIVISION, OVERFLOW, NOT_ALIGNED };  // of UNDEFINED
 enum { FORWARD, REVERSE, RANDOM };
@@ -42,7 +42,7 @@ struct Launch {
   u32 order, preempt, n_buffers, n_findings, max_findings, failed;
   Buffer *buffers;
   Finding *findings;
-  u64 accesses, simd_operations, barriers, groups;
+  u64 accesses, simd_operations, barriers, groups, max_steps;
 };
 
 // What a thread's attributes are read from; the compiled entry point has the same struct.

@@ -58,7 +58,7 @@ static void write_cell(Region &r, Cell &c, i64 offset, u32 size, const Access &n
 }
 static void check(Region &r, u8 *p, u32 size, bool write, bool atomic, u32 align, u32 site) {
   i64 offset = p - r.base;
-  launch->accesses++;
+  step(launch->accesses);
   if (offset < 0 || offset + size > r.size) {
     report(OUT_OF_BOUNDS, r.number, offset, size, write, running->id, site);
     stop();

@@ -52,7 +52,7 @@ u32 msl_rt_atomic_read(u64 address, bool will_write) {
 void msl_rt_atomic_write(u64 address, u32 value) { *(u32 *)address = value; }
 void msl_rt_bad_lane(int lane) { report(INACTIVE_LANE, 0, lane, 0, false, running->id, msl_site); }
 void msl_rt_barrier(bool whole_threadgroup, int flags) {
-  launch->barriers++;
+  step(launch->barriers);
   running->state = whole_threadgroup ? AT_BARRIER : AT_SIMD;
   running->barrier = true;
   running->flags = flags;
@@ -61,7 +61,7 @@ void msl_rt_barrier(bool whole_threadgroup, int flags) {
 }
 void msl_rt_gather(const void *value, u32 size, void *all, u32 *mask, u32 *lane) {
   Thread *t = running;
-  launch->simd_operations++;
+  step(launch->simd_operations);
   t->state = AT_SIMD;
   t->barrier = false;
   t->value = value;

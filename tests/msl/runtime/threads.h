@@ -61,6 +61,12 @@ static void stop() {
   to_scheduler();
   __builtin_trap();
 }
+// Counts what a thread does, so that a loop without an end is a finding and not a test that hangs.
+static void step(u64 &counter) {
+  if (++counter < launch->max_steps) return;
+  report(ENDLESS, 0, launch->max_steps, 0, false, running->id, msl_site);
+  stop();
+}
 static void thread_main() {
   msl_entry(buffer_pointers, &running->position);
   running->state = DONE;

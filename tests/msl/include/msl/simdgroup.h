@@ -37,9 +37,7 @@ template <class T> MSL_FN T msl_pick(thread msl_lanes<T> &lanes, int lane) {
 }
 
 #define MSL_REDUCE(NAME, EXPRESSION)                                       \
-  template <class T> MSL_FN T NAME(T x) {                                  \
-    msl_lanes<T> lanes;                                                    \
-    msl_gather(x, lanes);                                                  \
+  template <class T> MSL_APART T msl_##NAME(thread msl_lanes<T> &lanes) {  \
     uint present = lanes.mask;                                             \
     for (int half_ = 16; half_; half_ >>= 1)                               \
       for (int i = 0; i < half_; ++i) {                                    \
@@ -49,6 +47,11 @@ template <class T> MSL_FN T msl_pick(thread msl_lanes<T> &lanes, int lane) {
         else if (high) lanes.at[i] = b, present |= 1u << i;                \
       }                                                                    \
     return lanes.at[0];                                                    \
+  }                                                                        \
+  template <class T> MSL_FN T NAME(T x) {                                  \
+    msl_lanes<T> lanes;                                                    \
+    msl_gather(x, lanes);                                                  \
+    return msl_##NAME(lanes);                                              \
   }
 MSL_REDUCE(simd_sum, a + b) MSL_REDUCE(simd_product, a * b)
 MSL_REDUCE(simd_max, a < b ? b : a) MSL_REDUCE(simd_min, b < a ? b : a)
@@ -56,9 +59,7 @@ MSL_REDUCE(simd_and, a & b) MSL_REDUCE(simd_or, a | b) MSL_REDUCE(simd_xor, a ^ 
 #undef MSL_REDUCE
 
 #define MSL_SCAN(NAME, FIRST, END, EXPRESSION)                             \
-  template <class T> MSL_FN T NAME(T x) {                                  \
-    msl_lanes<T> lanes;                                                    \
-    msl_gather(x, lanes);                                                  \
+  template <class T> MSL_APART T msl_##NAME(thread msl_lanes<T> &lanes) {  \
     T a = (T)FIRST;                                                        \
     for (uint i = 0; i < lanes.lane + END; ++i)                            \
       if (lanes.mask >> i & 1) {                                           \
@@ -66,6 +67,11 @@ MSL_REDUCE(simd_and, a & b) MSL_REDUCE(simd_or, a | b) MSL_REDUCE(simd_xor, a ^ 
         a = (T)(EXPRESSION);                                               \
       }                                                                    \
     return a;                                                              \
+  }                                                                        \
+  template <class T> MSL_FN T NAME(T x) {                                  \
+    msl_lanes<T> lanes;                                                    \
+    msl_gather(x, lanes);                                                  \
+    return msl_##NAME(lanes);                                              \
   }
 MSL_SCAN(simd_prefix_inclusive_sum, 0, 1, a + b) MSL_SCAN(simd_prefix_exclusive_sum, 0, 0, a + b)
 MSL_SCAN(simd_prefix_inclusive_product, 1, 1, a * b) MSL_SCAN(simd_prefix_exclusive_product, 1, 0, a * b)
@@ -124,14 +130,17 @@ struct simd_vote {
   bool all() const { return bits == 0xffffffffu; }
   bool any() const { return bits != 0; }
 };
-MSL_FN uint msl_ballot(bool predicate, thread uint &mask) {
-  msl_lanes<uint> lanes;
-  msl_gather((uint)predicate, lanes);
+MSL_APART uint msl_votes(thread msl_lanes<uint> &lanes) {
   uint votes = 0;
   for (int i = 0; i < 32; ++i)
     if ((lanes.mask >> i & 1) && lanes.at[i]) votes |= 1u << i;
-  mask = lanes.mask;
   return votes;
+}
+MSL_FN uint msl_ballot(bool predicate, thread uint &mask) {
+  msl_lanes<uint> lanes;
+  msl_gather((uint)predicate, lanes);
+  mask = lanes.mask;
+  return msl_votes(lanes);
 }
 MSL_FN simd_vote simd_ballot(bool predicate) {
   uint mask;

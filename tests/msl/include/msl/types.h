@@ -27,6 +27,7 @@ typedef ulong uint64_t;
 #define thread __private
 #define MSL_RUNTIME extern "C" __attribute__((convergent))
 #define MSL_FN inline __attribute__((convergent, always_inline, no_sanitize("thread", "undefined")))
+#define MSL_APART inline __attribute__((noinline, no_sanitize("thread", "undefined")))  // keeps a kernel's code short
 #else
 #pragma clang diagnostic ignored "-Wuser-defined-literals"
 #pragma clang diagnostic ignored "-Wreserved-user-defined-literal"
@@ -38,6 +39,7 @@ constexpr half operator""h(long double x) { return (half)x; }
 #define thread
 #define MSL_RUNTIME extern "C"
 #define MSL_FN inline
+#define MSL_APART inline
 #endif
 
 typedef __bf16 bfloat;
