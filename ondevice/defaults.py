@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "mlx", "reference")
 DEFAULT_MODEL = "smollm2"

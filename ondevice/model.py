@@ -57,6 +57,7 @@ def load(
     plan: str | Path = "auto",
     sketch_head: bool | None = None,
     tile_cache: bool = True,
+    kv_bits: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Loads a model.
@@ -64,7 +65,8 @@ def load(
     Args:
         name: an alias such as "smollm2" (fetched once if need be), a model in the store, or a path to a GGUF file or to
             a folder of safetensors.
-        backend: "auto", "cpu", or "reference" (float64, slow: the judge of the others).
+        backend: "auto" (cpu), "cpu", "mlx" (Apple silicon's GPU; on Linux MLX's slow build for CPUs), or "reference"
+            (float64, slow: the judge of the others).
         threads: of the CPU backend; by default one per core that this process may use.
         tau: of a d2dmoe model, in the place of the checkpoint's: experts run from this part of the largest prediction
             on, so 0 runs all.
@@ -78,6 +80,8 @@ def load(
             the model: by `sketch_head` in its config.json, which a backend without sketches and `dense` leave aside.
         tile_cache: whether a backend may keep packed weights in the user's cache folder, and take them from there;
             ONDEVICE_NO_TILE_CACHE=1 in the environment forbids it too.
+        kv_bits: 8 or 4 keep keys and values in affine groups of so many bits, which costs precision and saves memory;
+            of the mlx backend.
         progress: called with (done, of how many, what) while files are fetched, packed and compiled.
 
     Raises:
@@ -86,10 +90,11 @@ def load(
             model's plan, or a sketch of a head that can have none.
         SparsityError: in strict settings, the backend cannot skip what the model asks for.
     """
-    table = op_table(backend, threads, progress and compiling_progress(progress))
+    table = op_table(backend, threads, progress and compiling_progress(progress), kv_bits)
     path = find(str(name), progress)
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.tokenizer()
+        table.admit(checkpoint)
         with table.keeping(checkpoint, progress) if tile_cache else nullcontext():
             settings = SparsitySettings(tau, strict, dense, plan)
             decoder = Decoder(checkpoint, table, progress, settings)
@@ -113,18 +118,27 @@ def compiling_progress(progress: Progress) -> Progress:
     return lambda done, total, label: progress(done, total, label and f"compiling {label}")
 
 
-def op_table(backend: str, threads: int | None, progress: Progress | None) -> Ops:
+def op_table(backend: str, threads: int | None, progress: Progress | None, kv_bits: int | None = None) -> Ops:
     """The op table of a backend: the one place where a platform is chosen.
 
     Args:
-        backend, threads: as of `load`.
+        backend, threads, kv_bits: as of `load`.
         progress: hears of what is compiled.
 
     Raises:
-        OptionError: no such backend, or an impossible number of threads.
+        OptionError: no such backend, an impossible number of threads, or kv_bits that the backend has not.
+        BackendError: MLX is missing.
     """
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; it must be at least 1")
+    if backend == "mlx":
+        from ondevice.ops.mlx_device import mlx_table, require
+
+        require()
+        return mlx_table(kv_bits or 0)
+    if kv_bits is not None:
+        kept = "float64" if backend == "reference" else "float16"
+        raise OptionError(f"kv_bits is {kv_bits}: backend {backend} keeps keys and values in {kept}; take backend mlx")
     if backend in ("auto", "cpu"):
         from cpu_kernels.compile import compile_all
         from cpu_kernels.threads import POOL
@@ -214,7 +228,8 @@ class Model:
             sampling: fields of SamplingParams.
 
         Returns:
-            An Answer; for a list of prompts, a list of them. A row of a batch equals its single run.
+            An Answer; for a list of prompts, a list of them. A row of a batch equals its single run; on mlx, up to
+            rounding.
 
         Raises:
             OptionError: an unknown or impossible option.

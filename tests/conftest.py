@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from ondevice.errors import ModelNotFoundError
+from tests.msl.fixture import metal as metal
+from tests.msl.fixture import pytest_terminal_summary as pytest_terminal_summary
 from tests.tiny import tiny_checkpoint, tiny_spec
 
 TEXT = "The quick brown fox jumps over the lazy dog. Why is the sky blue? Hello there, how are you today? " * 4

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ondevice.commands.generate import stream
+from ondevice.commands.generate import say_where, stream
 from ondevice.commands.options import (
     TEXT,
     context_option,
@@ -43,6 +43,7 @@ def chat(
     context: int | None,
     backend: str,
     threads: int | None,
+    kv_bits: int | None,
     tau: float | None,
     strict: bool,
     dense: bool,
@@ -81,9 +82,11 @@ def chat(
             plan=plan,
             sketch_head=sketch_head,
             tile_cache=not no_tile_cache,
+            kv_bits=kv_bits,
             progress=progress,
         )
     if prompt is not None:
+        say_where(loaded)
         stream(loaded, prompt, {"system": system, "context": context, **fields})
         return
     _talk(Conversation(loaded, params, system, context))
@@ -96,6 +99,7 @@ def _talk(conversation: Conversation) -> None:
     model = conversation.model
     ops = model.decoder.ops
     threads = f", {ops.threads} threads" if hasattr(ops, "threads") else ""
-    write(f"{model.name} on {ops.name}{threads}, context {conversation.session.context} tokens\n")
+    where = f" on the {ops.where}" if ops.where else ""
+    write(f"{model.name} on {ops.name}{where}{threads}, context {conversation.session.context} tokens\n")
     write(f"{conversation.settings()}\n/help lists the commands; Ctrl+C stops an answer; Ctrl+D leaves\n")
     talk(conversation, LineReader(), write)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib import metadata
+from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,25 +17,64 @@ from ondevice.commands.progress import reporting, size
 from ondevice.commands.terminal import table
 from ondevice.defaults import DEFAULT_MODEL
 
-LIBRARIES = ("numpy", "numba", "llvmlite", "tokenizers", "huggingface-hub", "jinja2", "click", "rich", "prompt-toolkit")
+LIBRARIES = (
+    "numpy",
+    "numba",
+    "llvmlite",
+    "tokenizers",
+    "huggingface-hub",
+    "jinja2",
+    "click",
+    "rich",
+    "prompt-toolkit",
+    "mlx",
+)
 ABSENT = "not in this version of ondevice"
 """Of platforms that the design has and the code has not yet."""
+MEASURED = ("cpu", "mlx")
+"""Backends that a report compares with the reference."""
+MLX_CPU = "ready on the {}: slow, for tests"
+MLX_GPU = "ready on the {}; never yet tried by its authors, who have no Mac"
 
 
 @click.command()
 @click.option("--warm", is_flag=True, help="Compile now what the models in the store need.")
+@click.option(
+    *("--report", "file"),
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Also compare the backends with the reference and measure them, for minutes, and write all of it as JSON.",
+)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="What --report measures.")
 @json_option
-def doctor(warm: bool, as_json: bool) -> None:
-    """Say what this machine offers and what will be used; takes a second to measure its memory."""
+def doctor(warm: bool, file: Path | None, model: str, as_json: bool) -> None:
+    """Say what this machine offers and what will be used; takes a second to measure its memory.
+
+    --report makes one JSON file to send to the authors, who lack machines such as Macs: the machine, versions, how far
+    each backend is from the reference, and tokens per second. It holds paths of this machine's caches, and no other
+    text of yours.
+    """
     if warm:
         _warm()
     report = examine()
+    if file is not None:
+        _report(file, report, model)
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
     for title, values in _for_people(report).items():
         click.secho(title, bold=True)
         click.echo(table(values, "  "))
+
+
+def _report(file: Path, report: dict[str, Any], model: str) -> None:
+    # Tools import this package, not the other way round; their commands are named as text.
+    health = import_module("ondevice_bench.health").health
+    ready = [name for name in MEASURED if report["backends"][name].startswith("ready")]
+    found = {**report, **health(ready, model, lambda text: click.echo(f"{text} ...", err=True))}
+    file.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
+    failed = sum("error" in row for part in ("agreement", "bench") for row in found[part])
+    click.echo(f"wrote {file}" + (f"; {failed} parts failed, as told there" if failed else ""), err=True)
 
 
 def _warm() -> None:
@@ -100,9 +140,19 @@ def _backends() -> dict[str, str]:
         "auto": "takes cpu",
         "cpu": "ready",
         "reference": "ready (float64, slow: the judge of the others)",
-        "mlx": ABSENT,
+        "mlx": _mlx(),
         "cuda": ABSENT,
     }
+
+
+def _mlx() -> str:
+    from ondevice.ops import mlx_device
+
+    problem = mlx_device.obstacle()
+    if problem is not None:
+        return f"no: {problem}"
+    device = mlx_device.find_device()
+    return (MLX_GPU if device.gpu else MLX_CPU).format(device.name)
 
 
 def _store() -> dict[str, Any]:

@@ -50,6 +50,7 @@ def generate(
     context: int | None,
     backend: str,
     threads: int | None,
+    kv_bits: int | None,
     tau: float | None,
     strict: bool,
     dense: bool,
@@ -86,14 +87,22 @@ def generate(
             plan=plan,
             sketch_head=sketch_head,
             tile_cache=not no_tile_cache,
+            kv_bits=kv_bits,
             progress=progress,
         )
+    say_where(loaded)
     settings = {"raw": raw, "system": system, "context": context, **fields}
     if as_json or len(texts) > 1:
         answers = cast("list[Answer]", loaded.generate(texts, **settings))
         _print_json(loaded, answers) if as_json else _print_batch(texts, answers)
     else:
         stream(loaded, texts[0], settings)
+
+
+def say_where(model: Model) -> None:
+    """Says on stderr which device runs the model, where the backend's name leaves that open."""
+    if model.decoder.ops.where is not None:
+        click.echo(f"{model.decoder.ops.name} on the {model.decoder.ops.where}", err=True)
 
 
 def _read(prompts: tuple[str, ...]) -> list[str]:

@@ -40,12 +40,12 @@ def backend_option(f: F) -> F:
         default="auto",
         show_default=True,
         envvar="ONDEVICE_BACKEND",
-        help="What computes; reference is float64 and slow.",
+        help="What computes; mlx is for Apple silicon, reference is float64 and slow.",
     )(f)
 
 
 def engine_options(f: F) -> F:
-    """--backend and --threads, with the twins ONDEVICE_BACKEND and ONDEVICE_THREADS for all commands."""
+    """--backend, --threads and --kv-bits, with the twins ONDEVICE_BACKEND and so on for all commands."""
     threads = click.option(
         "-t",
         "--threads",
@@ -53,7 +53,17 @@ def engine_options(f: F) -> F:
         envvar="ONDEVICE_THREADS",
         help="Threads of the CPU backend.  [default: one per usable core]",
     )
-    return backend_option(threads(f))
+    return backend_option(threads(kv_bits_option(f)))
+
+
+def kv_bits_option(f: F) -> F:
+    """--kv-bits, with the twin ONDEVICE_KV_BITS for all commands that run models."""
+    return click.option(
+        "--kv-bits",
+        type=click.IntRange(1),
+        envvar="ONDEVICE_KV_BITS",
+        help="Keep keys and values in 8 or 4 bits: less memory, less precise. Of the mlx backend.  [default: floats]",
+    )(f)
 
 
 def tile_cache_option(f: F) -> F:

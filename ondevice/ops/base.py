@@ -64,6 +64,18 @@ class Ops(SkippingOps, ABC):
             biases: each [out_i] or None.
         """
 
+    @property
+    def where(self) -> str | None:
+        """The device that runs it, for people; None where the backend's name says enough."""
+        return None
+
+    def admit(self, checkpoint: Checkpoint) -> None:
+        """Refuses a model that would not fit, before any of it is packed.
+
+        Raises:
+            OptionError: naming what to change.
+        """
+
     @abstractmethod
     def pack_embedding(self, table: Tensor) -> Handle:
         """A table [rows, d] to look rows up in."""

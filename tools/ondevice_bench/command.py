@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ondevice.commands.options import backend_option, plan_option
+from ondevice.commands.options import backend_option, kv_bits_option, plan_option
 from ondevice.commands.progress import reporting
 from ondevice.defaults import DEFAULT_MODEL
+from ondevice_bench.chips import CHIPS, HERE
 
 if TYPE_CHECKING:
     from ondevice_bench.cases import Case
@@ -92,11 +93,18 @@ def _numbers(*names: str, default: int | None, low: int, help: str, **extra: Any
     help="Threads of the CPU backend.  [default: one per usable core]",
 )
 @backend_option
+@kv_bits_option
 @click.option(
     *("--sweep", "picture"),
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.svg",
     help="Run each --sparsity at 10, 20 ... 100 % of rows, and write speed-up over density there; see below.",
+)
+@click.option(
+    *("--predict", "chip"),
+    type=click.Choice([*CHIPS, HERE]),
+    metavar="CHIP",
+    help="Run nothing: say what the memory of one of Apple's chips (m1, m2-pro, m4-max ...) allows; see below.",
 )
 @click.option("--profile", is_flag=True, help="Say where the time of a decode step goes, part by part.")
 @click.option("-o", "--output", type=click.Choice(["md", "csv", "json"]), help="Format.  [default: md]")
@@ -119,7 +127,9 @@ def bench(
     sketch_head: bool | None,
     threads: tuple[tuple[int, ...], ...],
     backend: str,
+    kv_bits: int | None,
     picture: Path | None,
+    chip: str | None,
     profile: bool,
     output: str | None,
     as_json: bool,
@@ -150,6 +160,11 @@ def bench(
     turn, at least 20 times at each density (-r), in a single tg test; a table or JSON has medians of the speed-up with
     95 % intervals, and the picture also what bytes alone would give.
 
+    --predict divides a memory's published bandwidth by the bytes that a token moves in the mlx backend's layout: what
+    generation can reach at most, marked as a prediction in table and JSON. `--predict here` does so for this machine's
+    CPU, at the bandwidth that is measured, to see how far such predictions hold. Of models that skip, at the density
+    that they are expected to keep, by rows, and of one sequence.
+
     Shapes: smollm2-135m, qwen2.5-0.5b, qwen3-0.6b, gemma-2-2b, gemma-3-1b, llama-3.2-1b, llama-3.1-8b, llama-2-7b,
     opt-125m, opt-1.3b, opt-6.7b. Their weights are random codes without biases, as in GGUF's Q4_0 and Q8_0, head and
     embedding included.
@@ -158,11 +173,21 @@ def bench(
         raise click.UsageError(f"--json and -o {output} contradict each other; give one.")
     if profile and only == "pp":
         raise click.UsageError("--profile looks at generation, which --only pp leaves out; drop one of them.")
-    sources = _sources(_source(ctx, model, shape, bits, group_size), sparsity, sketch_head, plan)
+    sources = _sources(_source(ctx, model, shape, bits, group_size, kv_bits), sparsity, sketch_head, plan)
     from ondevice_bench.cases import grid
 
     prompts, generated = (() if only == "tg" else _flat(prompt)), (() if only == "pp" else _flat(generate))
     cases = grid(prompts, generated, _flat(depth), _flat(batch))
+    if chip is not None:
+        for flag, given in (("--sweep", picture), ("--profile", profile), ("--sketch-head", sketch_head)):
+            if given:
+                raise click.UsageError(f"{flag} measures, and --predict runs nothing: drop one of them.")
+        if backend not in ("auto", "cpu" if chip == HERE else "mlx"):
+            raise click.UsageError(f"--predict {chip} is not of backend {backend}; leave --backend out.")
+        if output == "csv":
+            raise click.UsageError("predictions have no CSV; take -o md or json.")
+        _predict(sources, chip, cases, kv_bits, as_json or output == "json")
+        return
     if picture is not None:
         if output == "csv":
             raise click.UsageError("a sweep has no CSV; take -o md or json.")
@@ -174,8 +199,22 @@ def bench(
 
     rows: list[Row] = []
     for count in _flat(threads) or (None,):
-        rows += _run(sources, backend, count, cases, repetitions, profile)
+        rows += run_tests(sources, backend, count, cases, repetitions, profile)
     click.echo(render(rows, "json" if as_json else output or "md"))
+
+
+def _predict(sources: list[Source], chip: str, cases: list[Case], kv_bits: int | None, as_json: bool) -> None:
+    """Prints what a chip's memory allows."""
+    from ondevice_bench.cases import check
+    from ondevice_bench.loading import open_source
+    from ondevice_bench.predict import predict, render
+
+    rows = []
+    for source in sources:
+        with open_source(source, cases) as checkpoint:
+            check([case for case in cases if case.kind == "tg"], checkpoint.spec, source.name)
+            rows += predict(checkpoint, source.label, chip, cases, kv_bits)
+    click.echo(render(rows, "json" if as_json else "md"))
 
 
 def _sources(dense: Source, sparsity: tuple[str, ...], sketch_head: bool | None, plan: str) -> list[Source]:
@@ -223,22 +262,24 @@ def _flat(values: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     return tuple(number for some in values for number in some)
 
 
-def _source(ctx: click.Context, model: str, shape: str | None, bits: str | None, group_size: str | None) -> Source:
+def _source(
+    ctx: click.Context, model: str, shape: str | None, bits: str | None, group_size: str | None, kv_bits: int | None
+) -> Source:
     from ondevice_bench.loading import Source
 
     if shape is None:
         for flag, value in (("--bits", bits), ("--group-size", group_size)):
             if value is not None:
                 raise click.UsageError(f"{flag} {value} is of random weights, which --shape asks for; add it.")
-        return Source(model)
+        return Source(model, kv_bits=kv_bits)
     if ctx.get_parameter_source("model") is ParameterSource.COMMANDLINE:
         raise click.UsageError(f"MODEL {model!r} and --shape {shape!r} contradict each other; give one.")
     if bits == "16" and group_size is not None:
         raise click.UsageError(f"--group-size {group_size}: weights of 16 bits have no groups; drop it.")
-    return Source(shape, int(bits or DEFAULT_BITS), int(group_size or DEFAULT_GROUP))
+    return Source(shape, int(bits or DEFAULT_BITS), int(group_size or DEFAULT_GROUP), kv_bits=kv_bits)
 
 
-def _run(
+def run_tests(
     sources: list[Source], backend: str, threads: int | None, cases: list[Case], repetitions: int, profile: bool
 ) -> Iterator[Row]:
     """Rows of all tests with one number of threads; several sources run in turn, the first of them dense."""
@@ -256,6 +297,8 @@ def _run(
         Setting(
             *(source.label, model_bytes(decoder), bits_per_weight(decoder), decoder.ops.name, used, gbs),
             sparsity=source.skipping(decoder),
+            device=decoder.ops.where,
+            kv_bits=source.kv_bits,
         )
         for source, decoder in zip(sources, decoders)
     ]

@@ -35,7 +35,7 @@ class Source:
         group_size: of random weights.
         sparsity: a method that skips, with random routers.
         sketch_head: whether the head has a sketch; None goes by the model.
-        plan: of layers that skip; see `ondevice.load`.
+        plan, kv_bits: see `ondevice.load`.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Source:
     sparsity: Sparsity | None = None
     sketch_head: bool | None = None
     plan: str = "auto"
+    kv_bits: int | None = None
 
     def skipping(self, decoder: Decoder) -> str:
         """What its decoder skips: "dense", or the methods."""
@@ -79,13 +80,14 @@ def load_decoder(
     Raises:
         OptionError: an impossible case, shape or format, or no profile.
     """
-    ops = op_table(backend, threads, progress and compiling_progress(progress))
+    ops = op_table(backend, threads, progress and compiling_progress(progress), source.kv_bits)
     if profile:
         profile_table(ops)
-    with _open(source, cases, progress) as checkpoint:
+    with open_source(source, cases, progress) as checkpoint:
         check(cases, checkpoint.spec, source.name)
         # Random weights have all that a decoder asks of a checkpoint.
         weights = cast("Checkpoint", checkpoint)
+        ops.admit(weights)
         with ops.keeping(weights, progress):
             settings = SparsitySettings(plan=source.plan)
             decoder = Decoder(weights, ops, progress, settings)
@@ -97,7 +99,8 @@ def load_decoder(
     return decoder
 
 
-def _open(source: Source, cases: Sequence[Case], progress: Progress | None) -> Any:
+def open_source(source: Source, cases: Sequence[Case], progress: Progress | None = None) -> Any:
+    """What the weights come from, as a context manager: a file, or random ones, which are not made before asked for."""
     if source.bits is None:
         return open_checkpoint(find(source.name, progress))
     spec = shape_spec(source.name)

@@ -33,6 +33,8 @@ class Setting:
         threads: None where the table does not say.
         read_gbs: what the memory gives to so many threads.
         sparsity: the method and what was forced.
+        device: that the backend runs on; None where its name says enough.
+        kv_bits: of keys and values; None where they are floats.
     """
 
     model: str
@@ -42,6 +44,8 @@ class Setting:
     threads: int | None
     read_gbs: float
     sparsity: str = "dense"
+    device: str | None = None
+    kv_bits: int | None = None
 
 
 def row(setting: Setting, result: Result, dense: Result | None = None) -> Row:
@@ -54,6 +58,8 @@ def row(setting: Setting, result: Result, dense: Result | None = None) -> Row:
         "depth": case.depth,
         "batch": case.batch,
         "backend": setting.backend,
+        "device": setting.device,
+        "kv_bits": setting.kv_bits,
         "threads": setting.threads,
         "model": setting.model,
         "sparsity": setting.sparsity,
@@ -109,7 +115,7 @@ def _table(rows: Sequence[Row]) -> str:
                 "model": r["model"],
                 "size": size(r["model_bytes"]),
                 "bits/weight": f"{r['bits_per_weight']:.2f}",
-                "backend": r["backend"],
+                "backend": _backend(r),
                 "threads": str(r["threads"] or "-"),
                 "test": r["test"],
                 "tok/s": f"{r['avg_ts']:.2f}" + ("" if r["stddev_ts"] is None else f" ± {r['stddev_ts']:.2f}"),
@@ -121,6 +127,12 @@ def _table(rows: Sequence[Row]) -> str:
         ],
         left=("model", "backend", "test", "sparsity"),
     )
+
+
+def _backend(row: Row) -> str:
+    """The backend, where it runs, and bits of keys and values where they are not floats."""
+    where = f" on {row['device']}" if row["device"] else ""
+    return f"{row['backend']}{where}" + (f", kv {row['kv_bits']}-bit" if row["kv_bits"] else "")
 
 
 def _skipping(row: Row) -> dict[str, str]:

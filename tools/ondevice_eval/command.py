@@ -55,6 +55,7 @@ def evaluate(
     by_token: bool,
     backend: str,
     threads: int | None,
+    kv_bits: int | None,
     tau: float | None,
     strict: bool,
     dense: bool,
@@ -81,7 +82,7 @@ def evaluate(
     with reporting() as progress:
         common: dict[str, Any] = {"threads": threads, "tile_cache": not no_tile_cache, "progress": progress}
         own: dict[str, Any] = {"tau": tau, "strict": strict, "dense": dense, "plan": plan}
-        loaded = load(model, backend=backend, sketch_head=sketch_head, **own, **common)
+        loaded = load(model, backend=backend, sketch_head=sketch_head, kv_bits=kv_bits, **own, **common)
         if top is not None and loaded.decoder.sketch is None:
             raise OptionError(f"--top {top} is of a sketched head, which {model} does not have: add --sketch-head")
         other = None

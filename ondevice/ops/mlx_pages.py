@@ -1,0 +1,100 @@
+"""Keys and values of all layers on MLX's device, as floats or in affine groups; steps change them in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ondevice.ops.mlx_bytes import kv_group
+
+if TYPE_CHECKING:
+    from ondevice.ops.mlx_step import MlxStep, Visible
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Storage of a cache.
+
+    Args:
+        keys, values: of each layer [kv heads, pages, page, head dim]; of quantized ones the codes, scales and biases,
+            whose last axes are shorter.
+        dtype: of keys and values, or of their scales.
+        bits, group: of quantized ones; else 0.
+    """
+
+    keys: list[list[Any]]
+    values: list[list[Any]]
+    dtype: Any
+    bits: int = 0
+    group: int = 0
+
+    @classmethod
+    def empty(cls, layers: int, shape: tuple[int, int, int, int], dtype: Any, bits: int = 0) -> Pages:
+        """Zeros: what was never written must not be NaN, since a mask multiplies it by 0.
+
+        Args:
+            shape: kv heads, pages, page, head dim.
+            bits: of quantized ones; 0 for floats.
+
+        Raises:
+            OptionError: heads that make no whole groups.
+        """
+        group = kv_group(shape[3], bits) if bits else 0
+        columns = [(shape[3], dtype)]
+        if bits:
+            columns = [(shape[3] * bits // 32, mx.uint32), *[(shape[3] // group, dtype)] * 2]
+
+        def stores() -> list[list[Any]]:
+            return [[mx.zeros((*shape[:3], width), kind) for width, kind in columns] for _ in range(layers)]
+
+        return cls(stores(), stores(), dtype, bits, group)
+
+    def arrays(self) -> list[Any]:
+        """All of them, to be evaluated."""
+        return [array for stores in (self.keys, self.values) for parts in stores for array in parts]
+
+    def layer(self, layer: int) -> tuple[Any, Any]:
+        """Keys and values of a layer, whole, of floats."""
+        return self.keys[layer][0], self.values[layer][0]
+
+    def append(self, layer: int, k: Any, v: Any, step: MlxStep) -> None:
+        """Writes keys and values [N, kv heads * head dim] to the places of a step."""
+        for stores, new in ((self.keys, k), (self.values, v)):
+            parts = stores[layer]
+            rows = new.reshape(len(new), parts[0].shape[0], -1).swapaxes(0, 1).astype(self.dtype)
+            written = mx.quantize(rows, self.group, self.bits) if self.bits else (rows,)
+            for i, part in enumerate(written):
+                _write(parts, i, part, step)
+
+    def read(self, layer: int, seen: Visible) -> tuple[Any, Any]:
+        """Keys and values [S, kv heads, L, head dim] that a segment sees: without a copy where they lie together."""
+        return self._read(self.keys[layer], seen), self._read(self.values[layer], seen)
+
+    def _read(self, parts: list[Any], seen: Visible) -> Any:
+        if not self.bits:
+            return _take(parts[0], seen)
+        codes, scales, biases = (_take(part, seen) for part in parts)
+        return mx.dequantize(codes, scales, biases, self.group, self.bits)
+
+
+def _write(parts: list[Any], i: int, rows: Any, step: MlxStep) -> None:
+    """Puts rows [kv heads, N, width] into a store.
+
+    MLX writes in place if nobody else holds the array when the step is evaluated, so no other reference may be kept.
+    """
+    shape = parts[i].shape
+    flat = parts[i].reshape(shape[0], -1, shape[3])
+    if step.start is None:
+        flat[:, step.flat.device] = rows
+    else:
+        flat[:, step.start : step.start + len(step.flat)] = rows
+    parts[i] = flat.reshape(shape)
+
+
+def _take(store: Any, seen: Visible) -> Any:
+    flat = store.reshape(store.shape[0], -1, store.shape[3])
+    if seen.start is not None:
+        return flat[None, :, seen.start : seen.start + seen.keys]
+    return mx.take(flat, seen.flat, axis=1).swapaxes(0, 1)
