@@ -11,7 +11,7 @@ How to use it:
 
 What can pass here and fail on a GPU: text that Apple's compiler refuses and clang does not (recursion, lambdas, goto);
 more registers than there are; a function's last bits, as `fast::` is `precise::` and libm's; data handed from one
-threadgroup to another by relaxed atomics, as runs here are sequentially consistent; arrays that begin at an address not
-aligned for vectors, as slices of MLX's can. A row read past its end is a finding only where the array ends; numbers show
-the rest.
+threadgroup to another by relaxed atomics, as runs here are sequentially consistent; arrays that begin at an address
+that is not aligned for vectors, as slices of MLX's can. A row read past its end is a finding only where the array ends;
+numbers show the rest.
 """
