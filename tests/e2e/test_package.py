@@ -44,6 +44,9 @@ def test_wheel_built_from_sdist_generates(tmp_path: Path, tiny_path: Path) -> No
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == EXPECTED
     assert any(name.endswith("LICENSE") for name in names)
+    assert {path.name for path in (REPO / "metal_kernels").glob("*.metal")} == {
+        Path(name).name for name in names if name.endswith(".metal")
+    }
     code = "import ondevice; print(ondevice.__file__); from ondevice.cli import main; main()"
     out = run(
         *(sys.executable, "-c", code, "generate", str(tiny_path), "-p", "Hello", "--max-tokens", "5", "--json"),

@@ -28,6 +28,7 @@ class AttentionCase:
         strided: queries and a cache with other numbers between them.
         repeated: lists that name a unit twice.
         growing: keys that are longer at the end.
+        drifting: keys whose mean is another at each position.
     """
 
     shape: tuple[int, int, int]
@@ -41,6 +42,7 @@ class AttentionCase:
     strided: bool = False
     repeated: bool = False
     growing: bool = False
+    drifting: bool = False
 
     @property
     def units(self) -> int:
@@ -75,6 +77,8 @@ class AttentionCase:
             if self.growing:
                 # The largest score is among the last keys, so what came before must shrink.
                 both[0][-200:] *= 3
+            if self.drifting:
+                both[0] = (both[0] + np.linspace(0, 3, length)[:, None, None]).astype(both[0].dtype)
             found.append((both[0].astype(np.float64), both[1].astype(np.float64)))
             at = np.arange(length)
             for store, part in zip(stores, both):
@@ -190,6 +194,7 @@ CASES: Table = {
         "strided": SparkCase((4, 4, 32), RAGGED, strided=True),
         "several chunks": SparkCase((4, 2, 32), (513, 256, 257, 0), k=60),
         "more chunks than are merged at a time": SparkCase((1, 1, 32), (4400,), k=100),
+        "drifting": SparkCase((4, 2, 32), (300, 600, 33), k=30, drifting=True),
         "a window": SparkCase((4, 2, 32), (*RAGGED, 300), window=60),
         "a window of several chunks": SparkCase((2, 2, 32), DEEP, window=400, k=30),
         "a window below k": SparkCase((4, 2, 32), (300, 5), window=19),

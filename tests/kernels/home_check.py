@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
-NO_INDEX = 0x3FFFFFFF
-"""An index that must not be read."""
+NO_INDEX = 54321
+"""An index that must not be read: beyond every array, and near enough for the emulator to see which one was missed."""
 TOLERANCES = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Of an error relative to the largest value, by the type that results, and what lies between, are rounded to."""
 

@@ -17,6 +17,7 @@ from metal_kernels import launch
 from metal_kernels.cache import KvView
 from metal_kernels.lists import RowList
 from metal_kernels.pack import PackedFfn, pack_ffn, to_mlx
+from tests.kernels.home_check import Case
 from tests.msl.emulator import is_kernel
 
 
@@ -84,3 +85,15 @@ def home(metal: Any) -> Iterator[MetalHome]:
     """The kernels as they run on this machine: emulated, or on the GPU of a Mac."""
     with running() as found:
         yield found
+
+
+def checks(kernel: str, *cases: Case) -> Callable[[], None]:
+    """A check for mutants: raises AssertionError where one of some cases is wrong."""
+
+    def check() -> None:
+        with running() as home:
+            for seed, case in enumerate(cases):
+                outcome = case(home.kernel(kernel), np.random.default_rng(seed), home)
+                assert outcome.passed, f"case {seed}: error {outcome.error:.2g}, allowed {outcome.tolerance:.2g}"
+
+    return check

@@ -8,4 +8,10 @@ How to use it:
 3. A kernel that does wrong raises `tests.msl.findings.KernelError`: its `kinds` say what, the message says where.
 4. `metal.ran("name")` says how often a kernel ran; `metal.runs[-1]` has the generated text and counts.
 5. Mutants: see `tests.msl.mutants`.
+
+What can pass here and fail on a GPU: text that Apple's compiler refuses and clang does not (recursion, lambdas, goto);
+more registers than there are; a function's last bits, as `fast::` is `precise::` and libm's; data handed from one
+threadgroup to another by relaxed atomics, as runs here are sequentially consistent; arrays that begin at an address
+that is not aligned for vectors, as slices of MLX's can. A row read past its end is a finding only where the array ends;
+numbers show the rest.
 """

@@ -88,7 +88,7 @@ class Gpu:
     on_gpu = True
 
     def __init__(self) -> None:
-        self._metal_kernel = mx.fast.metal_kernel
+        self._metal_kernel: Any = mx.fast.metal_kernel
         self._names: list[str] = []
         self.may_leave_unwritten: set[str] = set()
 

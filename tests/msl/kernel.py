@@ -105,14 +105,14 @@ class Kernel:
             KernelError: it is wrong; the error has the findings.
             ValueError: lists of arguments do not have the lengths that the kernel was made with.
         """
-        for what, given, names in (
+        for what, values, names in (
             ("inputs", inputs, self.input_names),
             ("output_shapes", output_shapes, self.output_names),
             ("output_dtypes", output_dtypes, self.output_names),
         ):
-            if len(given) != len(names):
+            if len(values) != len(names):
                 raise ValueError(
-                    f"[metal_kernel] Expected `{what}` to have size {len(names)} but got size {len(given)}."
+                    f"[metal_kernel] Expected `{what}` to have size {len(names)} but got size {len(values)}."
                 )
         arrays = [each if isinstance(each, mx.array) else mx.array(each) for each in inputs]
         made = signature(
@@ -138,7 +138,7 @@ class Kernel:
         buffers = [_bound(p, given, outputs, init_value is not None) for p in made.parameters]
         launch = self._run(library, buffers, grid, threadgroup)
         counted = (launch.accesses, launch.simd_operations, launch.barriers, launch.groups)
-        self.emulator.runs.append(Run(self.name, made.text, tuple(grid), tuple(threadgroup), used, *counted))
+        self.emulator.runs.append(Run(self.name, made.text, grid, threadgroup, used, *counted))
         findings = [
             native.explained(found, library, [(b.name, b.data.itemsize, str(b.data.shape)) for b in buffers])
             for found in launch.findings[: launch.n_findings]
