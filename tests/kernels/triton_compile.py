@@ -154,6 +154,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "topk": lambda: (
         select_topk(torch.empty(64, 36864, dtype=HALF), 3686, True),
+        select_topk(torch.empty(64, 11008, dtype=HALF), 1101, False),
         select_topk(torch.empty(64, 72), 21, False),
     ),
     "threshold": lambda: [

@@ -23,7 +23,12 @@ def _strided(array: NDArray[Any], device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TopkCase:
-    """The k largest of scores that are multiples of 1/8, so that many are equal and sums are exact."""
+    """The k largest of scores that are multiples of 1/8, so that many are equal and sums are exact.
+
+    Args:
+        normal: scores are normal values instead, hardly any of which are equal.
+        below: scores are all negative.
+    """
 
     n: int
     units: int
@@ -36,9 +41,15 @@ class TopkCase:
     active: bool = False
     dtype: str = "float32"
     span: int = 100
+    normal: bool = False
+    below: bool = False
 
     def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
         scores = (rng.integers(-self.span, self.span, (self.n, self.units * self.group)) / 8).astype(self.dtype)
+        if self.normal:
+            scores = rng.standard_normal(scores.shape).astype(self.dtype)
+        if self.below:
+            scores = -np.abs(scores) - 1
         if self.odd and scores.size:
             scores[:, :: self.units // 3 or 1] = np.nan
             scores[:, 1::2] = np.where(scores[:, 1::2] == 1, -0.0, scores[:, 1::2])
@@ -137,7 +148,15 @@ CASES: Table = {
         "all of 33": TopkCase(7, 33, 33),
         "many equal": TopkCase(3, 257, 100, span=3),
         "all equal": TopkCase(2, 300, 7, span=1),
+        "negative": TopkCase(3, 33, 5, below=True),
+        "negative, many equal": TopkCase(3, 80, 40, below=True, span=3),
+        "normal": TopkCase(3, 1000, 333, normal=True),
         "several blocks": TopkCase(2, 9001, 1234),
+        "several blocks, normal": TopkCase(2, 9001, 4000, normal=True),
+        "several blocks, negative": TopkCase(1, 8300, 60, normal=True, below=True),
+        "several blocks, the first": TopkCase(2, 8193, 1, normal=True),
+        "several blocks, all": TopkCase(1, 16385, 16385, span=2),
+        "several blocks, groups of 2, strided": TopkCase(2, 8200, 700, group=2, strided=True),
         "equal across blocks": TopkCase(2, 9001, 4400, span=3),
         "zeros of both signs": TopkCase(3, 200, 100, zeros=True),
         "infinities, NaN, both zeros": TopkCase(4, 99, 40, odd=True),
@@ -148,6 +167,7 @@ CASES: Table = {
         "float16": TopkCase(3, 64, 20, dtype="float16"),
         "shared": TopkCase(7, 333, 50, shared=True),
         "shared, strided": TopkCase(33, 40, 5, shared=True, strided=True),
+        "shared, several blocks": TopkCase(3, 8777, 3000, shared=True),
         "shared, some finished": TopkCase(9, 300, 60, shared=True, active=True),
     },
     "select_threshold": {
