@@ -47,9 +47,9 @@ def full_attention(
         scores = softcap * torch.tanh(_scores(q, keys, scale, slice(None)) / softcap)
         hidden = scores.masked_fill(~seen.mask[:, None, None], -float("inf"))
         return _weigh(torch.softmax(hidden, -1), values)
-    queries, both = q.unflatten(2, (-1, dh)).transpose(1, 2), (x.transpose(1, 2) for x in (keys, values))
+    queries, k, v = q.unflatten(2, (-1, dh)).transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     out = functional.scaled_dot_product_attention(
-        queries, *both, attn_mask=seen.mask[:, None], scale=scale, enable_gqa=queries.shape[1] != keys.shape[2]
+        queries, k, v, attn_mask=seen.mask[:, None], scale=scale, enable_gqa=queries.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2).flatten(2)
 

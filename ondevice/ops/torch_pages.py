@@ -26,7 +26,8 @@ class Pages:
     @classmethod
     def empty(cls, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Pages:
         """Zeros: what was never written must not be NaN, since a mask multiplies it by 0."""
-        return cls(*([torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)))
+        keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2))
+        return cls(keys, values)
 
     def forget_gradients(self) -> None:
         """Cuts what is stored from the steps that made it, which a new step must not differentiate again."""
@@ -41,6 +42,5 @@ class Pages:
 
     def read(self, layer: int, seen: Visible) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [S, L, kv heads, head dim] that a segment sees."""
-        both = (store.view(-1, *store.shape[2:])[seen.flat] for store in (self.keys[layer], self.values[layer]))
-        keys, values = both
-        return keys, values
+        keys, values = self.keys[layer], self.values[layer]
+        return keys.view(-1, *keys.shape[2:])[seen.flat], values.view(-1, *values.shape[2:])[seen.flat]

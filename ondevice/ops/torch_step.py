@@ -99,9 +99,11 @@ class TorchStep(Step):
         order = None
         if len(segments) > 1:
             order = put(np.argsort(np.concatenate([s.rows for s in segments if s.rows is not None])), np.int64)
-        lists = (put(part, np.int64) for part in (step.tokens, step.positions, step.slots, step.outputs))
         return cls(
-            *lists,
+            put(step.tokens, np.int64),
+            put(step.positions, np.int64),
+            put(step.slots, np.int64),
+            put(step.outputs, np.int64),
             put(flat_places(cache, step.slots, step.positions), np.int64),
             put(step.positions + 1, np.int32),
             put(cache.block_table[step.slots], np.int32),

@@ -13,10 +13,15 @@ import numpy as np
 import torch
 
 from cuda_kernels import memory
-from ondevice_bench import gpu_cases_attention, gpu_cases_ffn, gpu_cases_select
+from ondevice_bench import gpu_cases_attention, gpu_cases_ffn, gpu_cases_linear, gpu_cases_select
 from ondevice_bench.gpu_check import Case, Outcome, Table
 
-CASES: Table = {**gpu_cases_ffn.CASES, **gpu_cases_select.CASES, **gpu_cases_attention.CASES}
+CASES: Table = {
+    **gpu_cases_ffn.CASES,
+    **gpu_cases_linear.CASES,
+    **gpu_cases_select.CASES,
+    **gpu_cases_attention.CASES,
+}
 
 
 @dataclass(frozen=True, slots=True)
