@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "torch", "reference")
 DEFAULT_MODEL = "smollm2"

@@ -64,7 +64,8 @@ def load(
     Args:
         name: an alias such as "smollm2" (fetched once if need be), a model in the store, or a path to a GGUF file or to
             a folder of safetensors.
-        backend: "auto", "cpu", or "reference" (float64, slow: the judge of the others).
+        backend: "auto", "cpu", "cuda" (an NVIDIA GPU, by Triton's kernels), "torch" (plain torch, for comparisons and
+            training), or "reference" (float64, slow: the judge of the others).
         threads: of the CPU backend; by default one per core that this process may use.
         tau: of a d2dmoe model, in the place of the checkpoint's: experts run from this part of the largest prediction
             on, so 0 runs all.
@@ -122,6 +123,7 @@ def op_table(backend: str, threads: int | None, progress: Progress | None) -> Op
 
     Raises:
         OptionError: no such backend, or an impossible number of threads.
+        BackendError: it cannot run here; the text says what is missing, and the way out.
     """
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; it must be at least 1")
@@ -132,6 +134,20 @@ def op_table(backend: str, threads: int | None, progress: Progress | None) -> Op
 
         compile_all(POOL, progress)
         return CpuOps(threads)
+    if backend in ("cuda", "torch"):
+        from ondevice.ops.torch_device import require_cuda, require_torch
+
+        if threads is not None:
+            raise OptionError(f"threads is {threads}, which is of the cpu backend; leave it out with {backend}")
+        if backend == "cuda":
+            require_cuda()
+            from ondevice.ops.torch_cuda import CudaOps
+
+            return CudaOps()
+        require_torch()
+        from ondevice.ops.torch import TorchOps
+
+        return TorchOps()
     if backend == "reference":
         from ondevice.ops.reference import ReferenceOps
 

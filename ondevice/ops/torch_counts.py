@@ -61,11 +61,16 @@ class Counts:
             self._lists[unit].append(kept.reshape(-1))
         self._now.sparse[unit] = (sparse + 1, all_units + units, known)
 
-    def end_step(self) -> Deed:
-        """Adds the device's numbers up, on the device, and returns what the host knows; `replay` counts it again."""
+    def make_sums(self) -> None:
+        """Makes room for the sums of the step that runs: where it is recorded, they must be there before."""
         for unit, some in self._lists.items():
             if unit not in self._sums:
                 self._sums[unit] = torch.zeros((), dtype=torch.int64, device=some[0].device)
+
+    def end_step(self) -> Deed:
+        """Adds the device's numbers up, on the device, and returns what the host knows, which `replay` counts."""
+        self.make_sums()
+        for unit, some in self._lists.items():
             self._sums[unit].add_(torch.cat(some).sum())
         self._lists.clear()
         ended, self._now = self._now, Deed()

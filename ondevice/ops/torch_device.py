@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from ondevice.errors import BackendError, OptionError
@@ -19,6 +20,8 @@ TRITON = "3.6"
 """The version of Triton that the kernels are written for."""
 CAPABILITY = (8, 0)
 """The oldest processors whose instructions the kernels use: Ampere's."""
+TRITON_INTERPRET = "TRITON_INTERPRET"
+"""Triton's own switch."""
 INTERPRET = "ONDEVICE_TRITON_INTERPRET"
 DEVICE = "ONDEVICE_TORCH_DEVICE"
 DTYPE = "ONDEVICE_TORCH_DTYPE"
@@ -82,10 +85,10 @@ def _triton_obstacle() -> str | None:
         if system != ("linux", "x86_64"):
             return f"triton has builds for Linux on x86-64 only, and this is {' on '.join(system)}: take --backend cpu"
         return "triton is not installed: pip install 'ondevice[triton]'"
-    import triton
-
-    if not triton.__version__.startswith(TRITON + "."):
-        return f"triton is {triton.__version__}, the kernels are for {TRITON}: pip install 'triton=={TRITON}.0'"
+    # Not by importing it: whether it interprets is decided then.
+    found = metadata.version("triton")
+    if not found.startswith(TRITON + "."):
+        return f"triton is {found}, the kernels are for {TRITON}: pip install 'triton=={TRITON}.0'"
     return None
 
 
@@ -120,41 +123,36 @@ def require_cuda() -> None:
             "" if interpreting() else f". Without a GPU, {INTERPRET}=1 interprets the kernels on the CPU (slow, a test)"
         )
         raise BackendError("backend cuda cannot run here: " + "; ".join(problems) + way)
-    if interpreting():
+    if interpreting() and os.environ.get(TRITON_INTERPRET) != "1":
+        if "triton" in sys.modules:
+            raise BackendError(f"{INTERPRET} was set after Triton had been loaded: set it before Python starts")
         # Triton reads this when kernels are defined.
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ[TRITON_INTERPRET] = "1"
 
 
 def find_cuda() -> TorchDevice:
-    """What backend cuda runs on: the first GPU, or the CPU where kernels are interpreted.
-
-    Raises:
-        BackendError: the kernels had been loaded to be compiled before they were to be interpreted.
-    """
+    """What backend cuda runs on, after `require_cuda`: the first GPU, or the CPU where kernels are interpreted."""
     import torch
 
-    from cuda_kernels import launch
-
     if interpreting():
-        if not launch.interpreted():
-            raise BackendError(
-                f"{INTERPRET} was set after Triton's kernels had been loaded: set it before Python starts"
-            )
         return TorchDevice(torch.device("cpu"), "CPU (Triton's interpreter)", _dtype("float32"), False)
     device = torch.device("cuda", torch.cuda.current_device())
     return TorchDevice(device, f"GPU ({torch.cuda.get_device_name(device)})", _dtype("bfloat16"), True)
+
+
+def require_torch() -> None:
+    """Raises BackendError where there is no torch."""
+    problem = torch_obstacle()
+    if problem is not None:
+        raise BackendError(f"backend torch cannot run here: {problem}")
 
 
 def find_torch() -> TorchDevice:
     """What backend torch runs on: the CPU, or what ONDEVICE_TORCH_DEVICE names.
 
     Raises:
-        BackendError: there is no torch.
         OptionError: no such device, or it is not here.
     """
-    problem = torch_obstacle()
-    if problem is not None:
-        raise BackendError(f"backend torch cannot run here: {problem}")
     import torch
 
     kind = os.environ.get(DEVICE, "") or "cpu"
