@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,16 +18,40 @@ from ondevice.commands.progress import reporting, size
 from ondevice.commands.terminal import table
 from ondevice.defaults import DEFAULT_MODEL
 
-LIBRARIES = ("numpy", "numba", "llvmlite", "tokenizers", "huggingface-hub", "jinja2", "click", "rich", "prompt-toolkit")
+LIBRARIES = (
+    "numpy",
+    "numba",
+    "llvmlite",
+    "tokenizers",
+    "huggingface-hub",
+    "jinja2",
+    "click",
+    "rich",
+    "prompt-toolkit",
+    "torch",
+    "triton",
+)
 ABSENT = "not in this version of ondevice"
 """Of platforms that the design has and the code has not yet."""
 
 
 @click.command()
 @click.option("--warm", is_flag=True, help="Compile now what the models in the store need.")
+@click.option("--parity", is_flag=True, help="Run every kernel here against float64, which takes minutes.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the inputs of --parity.")
+@click.option(
+    "--write",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="With --parity: put its table between the marks of this file.",
+)
 @json_option
-def doctor(warm: bool, as_json: bool) -> None:
+def doctor(warm: bool, parity: bool, seed: int, write: Path | None, as_json: bool) -> None:
     """Say what this machine offers and what will be used; takes a second to measure its memory."""
+    if write is not None and not parity:
+        raise click.UsageError("--write is of --parity; give both")
+    if parity:
+        _parity(seed, write, as_json)
+        return
     if warm:
         _warm()
     report = examine()
@@ -35,6 +61,22 @@ def doctor(warm: bool, as_json: bool) -> None:
     for title, values in _for_people(report).items():
         click.secho(title, bold=True)
         click.echo(table(values, "  "))
+
+
+def _parity(seed: int, write: Path | None, as_json: bool) -> None:
+    """Prints the table, or JSON; exits with 1 where a kernel is wrong."""
+    from ondevice_parity import parity, readme
+
+    with reporting() as progress:
+        report = parity.run(seed=seed, progress=progress)
+    click.echo(json.dumps(report.document(), indent=1) if as_json else "\n".join(parity.lines(report)))
+    if write is not None:
+        try:
+            readme.rewrite(write, report)
+        except ValueError as e:
+            raise click.UsageError(str(e)) from e
+    if not report.passed:
+        sys.exit(1)
 
 
 def _warm() -> None:
@@ -101,8 +143,27 @@ def _backends() -> dict[str, str]:
         "cpu": "ready",
         "reference": "ready (float64, slow: the judge of the others)",
         "mlx": ABSENT,
-        "cuda": ABSENT,
+        "cuda": _cuda(),
+        "torch": _torch(),
     }
+
+
+def _cuda() -> str:
+    from ondevice.ops import torch_device
+
+    problems = torch_device.cuda_obstacles()
+    if problems:
+        return f"no: {'; '.join(problems)}"
+    if torch_device.interpreting():
+        return "ready on the CPU (Triton's interpreter: very slow, a test)"
+    return f"ready on the {torch_device.find_cuda().name}"
+
+
+def _torch() -> str:
+    from ondevice.ops import torch_device
+
+    problem = torch_device.torch_obstacle()
+    return f"no: {problem}" if problem else "ready (plain torch, for comparisons and training)"
 
 
 def _store() -> dict[str, Any]:

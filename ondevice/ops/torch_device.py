@@ -63,7 +63,7 @@ def torch_obstacle() -> str | None:
 
 def cuda_obstacles() -> list[str]:
     """Everything that keeps Triton's kernels from running here, each with its way out; empty if nothing does."""
-    problems = [problem for problem in (torch_obstacle(), _triton_obstacle()) if problem is not None]
+    problems = [problem for problem in (torch_obstacle(), triton_obstacle()) if problem is not None]
     if interpreting():
         return problems
     driver = _driver_obstacle()
@@ -79,7 +79,7 @@ def cuda_obstacles() -> list[str]:
     return problems
 
 
-def _triton_obstacle() -> str | None:
+def triton_obstacle() -> str | None:
     if importlib.util.find_spec("triton") is None:
         system = (sys.platform, platform.machine())
         if system != ("linux", "x86_64"):

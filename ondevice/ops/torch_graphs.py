@@ -76,7 +76,7 @@ class Graphs:
         recorded.graph.replay()
         counts.replay(recorded.deed)
         recorded.answer.copy_(recorded.result, non_blocking=True)
-        torch.cuda.current_stream(self.device).synchronize()
+        self.wait()
         return recorded.answer.numpy().copy()
 
     def _record(self, step: Step, cache: KVCache, body: Body, counts: Counts) -> Recorded:
@@ -85,7 +85,7 @@ class Graphs:
             # The oldest makes room, so that a server that sees all sizes keeps those of late.
             pages.recorded.pop(next(iter(pages.recorded)))
         shape = (len(step.tokens), 3 + cache.block_table.shape[1])
-        staging = torch.empty(shape, dtype=torch.int32, pin_memory=True)
+        staging = self.pinned(shape, torch.int32)
         _fill(staging, step, cache)
         inputs = staging.to(self.device)
 
@@ -93,30 +93,41 @@ class Graphs:
             result: torch.Tensor = body(_step_of(inputs))
             return result.float()
 
-        self._warm_up(work, counts)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                result = work()
-                deed = counts.end_step()
+            self.warm_up(work, counts)
+            graph, result, deed = self.capture(work, counts)
         except BaseException:
             counts.drop_step()
             raise
-        self._pool = graph.pool()
-        answer = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+        answer = self.pinned(tuple(result.shape), result.dtype)
         return Recorded(graph, staging, inputs, result, answer, deed)
 
-    def _warm_up(self, work: Callable[[], torch.Tensor], counts: Counts) -> None:
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the host that copies to and from the device need not wait for."""
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def capture(self, work: Callable[[], torch.Tensor], counts: Counts) -> tuple[Any, torch.Tensor, Deed]:
+        """A graph of the work and of counting it, its result, and what the host counts each time."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = work()
+            deed = counts.end_step()
+        self._pool = graph.pool()
+        return graph, result, deed
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def warm_up(self, work: Callable[[], torch.Tensor], counts: Counts) -> None:
         """Runs the work outside of the stream that others use; a step may run twice, as it writes the same keys."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
-                try:
-                    work()
-                    counts.make_sums()
-                finally:
-                    counts.drop_step()
+                work()
+                counts.make_sums()
+                counts.drop_step()
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from cuda_kernels.pack import row_matrix
-from cuda_kernels.sparse_inputs import pack_inputs
 from ondevice.checkpoint.quantization import Tensor, dequantize, quantize
-from ondevice_bench.gpu_check import Outcome, Table, close, lists, mask_of, numbers, row_list, to_device
+from ondevice_parity.check import F64, Home, Outcome, Table, close, lists, mask_of, numbers, row_list
 
 SOME = (0, 1, 7, 33, -1, -2)
 
@@ -39,23 +37,26 @@ class LinearCase:
         array = numbers(rng, "float32", self.shape[1], self.shape[0], scale=self.shape[0] ** -0.5)
         return quantize(array, self.bits, self.group) if self.bits else array.astype(numbers(rng, self.dtype, 1).dtype)
 
-    def inputs(self, rng: np.random.Generator, device: torch.device) -> tuple[Any, torch.Tensor]:
+    def inputs(self, rng: np.random.Generator, home: Home, mask: NDArray[np.bool_] | None = None) -> tuple[F64, Any]:
+        """In float64, and as kernels get them: those outside of a mask are huge."""
         x = numbers(rng, self.dtype, self.tokens, self.shape[0])
+        if mask is not None:
+            x = np.where(mask, x, 1e4).astype(x.dtype)
         if not self.strided:
-            return x.astype(np.float64), to_device(x, device)
+            return x.astype(np.float64), home.array(x)
         wide = np.full((2 * self.tokens, self.shape[0] + 5), np.nan, x.dtype)
         wide[::2, 2:-3] = x
-        return x.astype(np.float64), to_device(wide, device)[::2, 2:-3]
+        return x.astype(np.float64), home.array(wide)[::2, 2:-3]
 
     def bias(self, rng: np.random.Generator) -> Any:
         return numbers(rng, "float32", self.shape[1]) if self.biased else None
 
-    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
+    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, home: Home) -> Outcome:
         weight, bias = self.weight(rng), self.bias(rng)
-        x, tensor = self.inputs(rng, device)
-        matrix, bits, group = row_matrix(weight, device)
-        got = fn(tensor, matrix, bits, group, None if bias is None else to_device(bias, device))
-        return close(got, x @ dequantize(weight, np.float64).T + (0 if bias is None else bias), self.dtype)
+        x, given = self.inputs(rng, home)
+        got = fn(given, home.pack_linear(weight, bias))
+        expected = x @ dequantize(weight, np.float64).T + (0 if bias is None else bias)
+        return close(home.numpy(got), expected, self.dtype, more=home.quantized_error)
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,16 @@ class InputsCase(LinearCase):
     counts: tuple[int, ...] = SOME
     shared: bool = False
 
-    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
+    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, home: Home) -> Outcome:
         weight, bias, inputs = self.weight(rng), self.bias(rng), self.shape[0]
-        x, tensor = self.inputs(rng, device)
         several = 1 if self.shared else self.tokens
         chosen = lists(rng, [self.counts[i % len(self.counts)] for i in range(several)], inputs)
-        mask = np.broadcast_to(mask_of(chosen, inputs), x.shape)
-        rows = row_list(chosen, max([1, *map(len, chosen)]) + 3, device)
-        tensor[~torch.from_numpy(mask.copy()).to(device)] = 1e4
-        packed = pack_inputs(weight, None if bias is None else to_device(bias, device), device)
-        got = fn(tensor, packed, rows)
+        mask = np.broadcast_to(mask_of(chosen, inputs), (self.tokens, inputs))
+        x, given = self.inputs(rng, home, mask)
+        rows = row_list(chosen, max([1, *map(len, chosen)]) + 3, home)
+        got = fn(given, home.pack_inputs(weight, bias), rows)
         expected = np.where(mask, x, 0) @ dequantize(weight, np.float64).T + (0 if bias is None else bias)
-        return close(got, expected, self.dtype)
+        return close(home.numpy(got), expected, self.dtype, more=home.quantized_error if self.bits else 0.0)
 
 
 CASES: Table = {
