@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import numpy as np
 
 from ondevice_parity.check import Home
 
+METAL = "ondevice_parity.metal_home"
+"""The module of Metal's home, if this version has one: a class MetalHome, and `obstacle() -> str | None`."""
 CPU_ERROR = 3e-2
 """Of products of 4 and 8 bits on a CPU, which multiply int8 codes of their inputs."""
 
@@ -78,17 +81,15 @@ def _triton() -> Home:
 
 
 def _metal_obstacle() -> str | None:
-    if importlib.util.find_spec("ondevice_parity.metal_home") is None:
+    if importlib.util.find_spec(METAL) is None:
         return "not in this version of ondevice"
-    from ondevice_parity import metal_home
-
-    return metal_home.obstacle()
+    problem: str | None = importlib.import_module(METAL).obstacle()
+    return problem
 
 
 def _metal() -> Home:
-    from ondevice_parity import metal_home
-
-    return metal_home.MetalHome()
+    home: Home = importlib.import_module(METAL).MetalHome()
+    return home
 
 
 HOMES = {

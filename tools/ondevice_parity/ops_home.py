@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,8 @@ from ondevice_parity.check import Home, Unsupported
 Arrays = Sequence[NDArray[Any]]
 
 
-class Lists(NamedTuple):
+@dataclass(frozen=True)
+class Lists:
     """As a home's RowList."""
 
     indices: NDArray[np.int32]
@@ -114,7 +115,7 @@ class OpsHome(Home):
         return self.ops.pack_input_major([weight], [bias]), weight.shape[1]
 
     def kernel(self, name: str, twin: bool = False) -> Callable[..., Any]:
-        kernels = {
+        kernels: dict[str, Callable[..., Any]] = {
             "sparse_ffn_rows": self._ffn,
             "grouped_experts": self._ffn,
             "quantized_linear": self._linear,
@@ -252,7 +253,7 @@ class OpsHome(Home):
                 continue
             cache = self._filled(view, i, q.shape[1], spark)
             row, last = q[i].reshape(1, -1).astype(np.float32), np.array([length - 1], np.int32)
-            got = self._run([row], lambda step, x, i=i, cache=cache: attend(i, step, x, cache), cache, last)  # type: ignore[misc]
+            got = self._run([row], lambda step, x, i=i, cache=cache: attend(i, step, x, cache), cache, last)
             out[i] = got.reshape(q.shape[1:])
         return out
 
