@@ -141,7 +141,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli, ["doctor", "--parity", "--seed", "5"])
     assert shown.exit_code == 0 and seen == [5]
     assert "| `sparse_ffn_rows` | 2.0e-07 (3) | not run |" in shown.output
-    assert "- metal: no Mac" in shown.output and "- reference, select_topk: 2 cases, why" in shown.output
+    assert "- metal: no Mac" in shown.output and "- reference: 2 cases, why" in shown.output
     document = json.loads(CliRunner().invoke(cli, ["doctor", "--parity", "--json"]).stdout)
     assert document["passed"] and document["homes"]["reference"]["select_topk"]["error"] == 2e-7
     path = tmp_path / "R.md"

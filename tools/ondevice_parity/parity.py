@@ -121,8 +121,10 @@ def lines(report: Report, homes: Sequence[str] = tuple(HOMES)) -> list[str]:
     text = [f"| {' | '.join(row)} |" for row in rows]
     notes = [f"{home}: {reason}" for home, reason in report.obstacles.items() if home in homes]
     for home, kernels in report.cells.items():
-        for kernel, cell in kernels.items():
-            notes += [f"{home}, {kernel}: {count} cases, {reason}" for reason, count in cell.not_run.items()]
+        reasons = Counter[str]()
+        for cell in kernels.values():
+            reasons.update(cell.not_run)
+        notes += [f"{home}: {count} case{'s' * (count > 1)}, {reason}" for reason, count in reasons.items()]
     if notes:
         text += ["", "Not run:", "", *(f"- {note}" for note in notes)]
     return text
