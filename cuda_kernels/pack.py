@@ -95,9 +95,7 @@ def pack_ffn(
     kinds = {(m.bits, m.group_size) if _quantized(m) else (0, 1) for m in matrices}
     if len(kinds) > 1:
         raise ValueError(f"gate, up and down have (bits, group) {sorted(kinds)}; all three must have the same")
-    bits, group = kinds.pop()
-    if bits and (bits not in BITS or group not in GROUPS):
-        raise ValueError(f"{bits} bits in groups of {group} have no kernel: take bits of {BITS}, groups of {GROUPS}")
+    bits, group = format_of(up)
     neurons, inputs = up.shape
     out = down.shape[0]
     if down.shape[1] != neurons or neurons % block or (gate is not None and tuple(gate.shape) != (neurons, inputs)):
@@ -116,6 +114,45 @@ def pack_ffn(
     return PackedFfn(rows[0], rows[1], turned, *vectors, (inputs, neurons, out), bits, group, block, valued)
 
 
+def turned_matrix(matrix: Any, device: torch.device) -> tuple[Matrix, int, int]:
+    """A matrix [out, in] as rows of its inputs, laid as down is; its bits, and the values of a scale.
+
+    Raises:
+        ValueError: bits or groups without a kernel.
+    """
+    bits, group = format_of(matrix)
+    return _turned(matrix, bits, group, device), bits, group
+
+
+def row_matrix(matrix: Any, device: torch.device) -> tuple[Matrix, int, int]:
+    """A matrix [out, in] as it is; its bits, and the values of a scale.
+
+    Raises:
+        ValueError: bits or groups without a kernel.
+    """
+    bits, group = format_of(matrix)
+    return _rows(matrix, device), bits, group
+
+
+def format_of(matrix: Any) -> tuple[int, int]:
+    """Bits and values of a scale: 0 and 1 for floats.
+
+    Raises:
+        ValueError: they have no kernel.
+    """
+    if not _quantized(matrix):
+        return 0, 1
+    bits, group = matrix.bits, matrix.group_size
+    if bits not in BITS or group not in GROUPS:
+        raise ValueError(f"{bits} bits in groups of {group} have no kernel: take bits of {BITS}, groups of {GROUPS}")
+    return bits, group
+
+
+def has_kernel(matrix: Any) -> bool:
+    """Whether a matrix can stay as it is."""
+    return not _quantized(matrix) or (matrix.bits in BITS and matrix.group_size in GROUPS)
+
+
 def _quantized(matrix: Any) -> bool:
     return hasattr(matrix, "packed")
 
@@ -124,6 +161,9 @@ def _tensor(array: Any, device: torch.device) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
         return array.to(device)
     array = np.ascontiguousarray(array)
+    if not array.flags.writeable:
+        # Memory of a file, which may be closed before the tensor is gone.
+        array = array.copy()
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(array).to(device)
@@ -172,9 +212,16 @@ def unpacked(ffn: PackedFfn) -> tuple[torch.Tensor | None, torch.Tensor, torch.T
         scales, biases = (part.float().repeat_interleave(ffn.group, 1) for part in (matrix.scales, matrix.biases))
         return codes.flatten(1).float() * scales + biases
 
-    down = ffn.down
-    assert down.scales is not None and down.biases is not None
-    codes = ((down.weight[:, None, :] >> shifts[:, None]) & (2**ffn.bits - 1)).flatten(1).float()
-    scales, biases = (part.float().repeat_interleave(ffn.group, 0) for part in (down.scales, down.biases))
-    turned = (codes * scales + biases)[:, : ffn.shape[2]]
+    turned = unpacked_turned(ffn.down, ffn.bits, ffn.group, ffn.shape[2])
     return (None if ffn.gate is None else rows(ffn.gate)), rows(ffn.up), turned
+
+
+def unpacked_turned(matrix: Matrix, bits: int, group: int, out: int) -> torch.Tensor:
+    """Rows that lie as down's do, in float32: [rows, out]."""
+    if not bits:
+        return matrix.weight.float()
+    assert matrix.scales is not None and matrix.biases is not None
+    shifts = torch.arange(32 // bits, device=matrix.weight.device, dtype=torch.int32) * bits
+    codes = ((matrix.weight[:, None, :] >> shifts[:, None]) & (2**bits - 1)).flatten(1).float()
+    scales, biases = (part.float().repeat_interleave(group, 0) for part in (matrix.scales, matrix.biases))
+    return (codes * scales + biases)[:, :out]

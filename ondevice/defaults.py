@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-BACKENDS = ("auto", "cpu", "mlx", "reference")
+BACKENDS = ("auto", "cpu", "mlx", "cuda", "torch", "reference")
 DEFAULT_MODEL = "smollm2"

@@ -65,8 +65,9 @@ def load(
     Args:
         name: an alias such as "smollm2" (fetched once if need be), a model in the store, or a path to a GGUF file or to
             a folder of safetensors.
-        backend: "auto" (cpu), "cpu", "mlx" (Apple silicon's GPU; on Linux MLX's slow build for CPUs), or "reference"
-            (float64, slow: the judge of the others).
+        backend: "auto" (cpu), "cpu", "mlx" (Apple silicon's GPU; on Linux MLX's slow build for CPUs), "cuda" (an NVIDIA
+            GPU, by Triton's kernels), "torch" (plain torch, for comparisons and training), or "reference" (float64,
+            slow: the judge of the others).
         threads: of the CPU backend; by default one per core that this process may use.
         tau: of a d2dmoe model, in the place of the checkpoint's: experts run from this part of the largest prediction
             on, so 0 runs all.
@@ -127,7 +128,7 @@ def op_table(backend: str, threads: int | None, progress: Progress | None, kv_bi
 
     Raises:
         OptionError: no such backend, an impossible number of threads, or kv_bits that the backend has not.
-        BackendError: MLX is missing.
+        BackendError: it cannot run here; the text says what is missing, and the way out.
     """
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; it must be at least 1")
@@ -137,8 +138,7 @@ def op_table(backend: str, threads: int | None, progress: Progress | None, kv_bi
         require()
         return mlx_table(kv_bits or 0)
     if kv_bits is not None:
-        kept = "float64" if backend == "reference" else "float16"
-        raise OptionError(f"kv_bits is {kv_bits}: backend {backend} keeps keys and values in {kept}; take backend mlx")
+        raise OptionError(f"kv_bits is {kv_bits}: backend {backend} keeps keys and values in floats; take backend mlx")
     if backend in ("auto", "cpu"):
         from cpu_kernels.compile import compile_all
         from cpu_kernels.threads import POOL
@@ -146,6 +146,20 @@ def op_table(backend: str, threads: int | None, progress: Progress | None, kv_bi
 
         compile_all(POOL, progress)
         return CpuOps(threads)
+    if backend in ("cuda", "torch"):
+        from ondevice.ops.torch_device import require_cuda, require_torch
+
+        if threads is not None:
+            raise OptionError(f"threads is {threads}, which is of the cpu backend; leave it out with {backend}")
+        if backend == "cuda":
+            require_cuda()
+            from ondevice.ops.torch_cuda import CudaOps
+
+            return CudaOps()
+        require_torch()
+        from ondevice.ops.torch import TorchOps
+
+        return TorchOps()
     if backend == "reference":
         from ondevice.ops.reference import ReferenceOps
 

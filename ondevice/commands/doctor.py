@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ LIBRARIES = (
     "rich",
     "prompt-toolkit",
     "mlx",
+    "torch",
+    "triton",
 )
-ABSENT = "not in this version of ondevice"
-"""Of platforms that the design has and the code has not yet."""
 MEASURED = ("cpu", "mlx")
 """Backends that a report compares with the reference."""
 MLX_CPU = "ready on the {}: slow, for tests"
@@ -46,14 +47,30 @@ MLX_GPU = "ready on the {}; never yet tried by its authors, who have no Mac"
     help="Also compare the backends with the reference and measure them, for minutes, and write all of it as JSON.",
 )
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="What --report measures.")
+@click.option("--parity", is_flag=True, help="Run every kernel here against float64, which takes minutes.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the inputs of --parity.")
+@click.option(
+    "--write",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="With --parity: put its table between the marks of this file.",
+)
 @json_option
-def doctor(warm: bool, file: Path | None, model: str, as_json: bool) -> None:
+def doctor(
+    warm: bool, file: Path | None, model: str, parity: bool, seed: int, write: Path | None, as_json: bool
+) -> None:
     """Say what this machine offers and what will be used; takes a second to measure its memory.
 
     --report makes one JSON file to send to the authors, who lack machines such as Macs: the machine, versions, how far
     each backend is from the reference, and tokens per second. It holds paths of this machine's caches, and no other
     text of yours.
     """
+    if write is not None and not parity:
+        raise click.UsageError("--write is of --parity; give both")
+    if parity and file is not None:
+        raise click.UsageError("--parity and --report are two things; give one")
+    if parity:
+        _parity(seed, write, as_json)
+        return
     if warm:
         _warm()
     report = examine()
@@ -75,6 +92,22 @@ def _report(file: Path, report: dict[str, Any], model: str) -> None:
     file.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
     failed = sum("error" in row for part in ("agreement", "bench") for row in found[part])
     click.echo(f"wrote {file}" + (f"; {failed} parts failed, as told there" if failed else ""), err=True)
+
+
+def _parity(seed: int, write: Path | None, as_json: bool) -> None:
+    """Prints the table, or JSON; exits with 1 where a kernel is wrong."""
+    from ondevice_parity import parity, readme
+
+    with reporting() as progress:
+        report = parity.run(seed=seed, progress=progress)
+    click.echo(json.dumps(report.document(), indent=1) if as_json else "\n".join(parity.lines(report)))
+    if write is not None:
+        try:
+            readme.rewrite(write, report)
+        except ValueError as e:
+            raise click.UsageError(str(e)) from e
+    if not report.passed:
+        sys.exit(1)
 
 
 def _warm() -> None:
@@ -141,7 +174,8 @@ def _backends() -> dict[str, str]:
         "cpu": "ready",
         "reference": "ready (float64, slow: the judge of the others)",
         "mlx": _mlx(),
-        "cuda": ABSENT,
+        "cuda": _cuda(),
+        "torch": _torch(),
     }
 
 
@@ -153,6 +187,24 @@ def _mlx() -> str:
         return f"no: {problem}"
     device = mlx_device.find_device()
     return (MLX_GPU if device.gpu else MLX_CPU).format(device.name)
+
+
+def _cuda() -> str:
+    from ondevice.ops import torch_device
+
+    problems = torch_device.cuda_obstacles()
+    if problems:
+        return f"no: {'; '.join(problems)}"
+    if torch_device.interpreting():
+        return "ready on the CPU (Triton's interpreter: very slow, a test)"
+    return f"ready on the {torch_device.find_cuda().name}"
+
+
+def _torch() -> str:
+    from ondevice.ops import torch_device
+
+    problem = torch_device.torch_obstacle()
+    return f"no: {problem}" if problem else "ready (plain torch, for comparisons and training)"
 
 
 def _store() -> dict[str, Any]:

@@ -12,10 +12,11 @@ import pytest
 from tests.kernels.triton_home import compiled_environment, needs_triton
 
 pytestmark = needs_triton
-ASYNC = {"up_union", "down_union", "attend_chunk", "grouped_hidden", "grouped_down", "topk_scores"}
+ASYNC = {"up_union", "down_union", "attend_chunk", "grouped_hidden", "grouped_down", "topk_scores", "linear_many"}
 """Kernels whose weights, or keys and values, are copied ahead of their use."""
 WIDE = {
     "hidden_one": 16,
+    "linear_one": 16,
     "down_one": 16,
     "merge": 16,
     "topk_chosen": 16,
@@ -24,7 +25,7 @@ WIDE = {
     "_statistical": 16,
 }
 """Bytes of the widest load of others, at least."""
-QUANTIZED = {"hidden_one": 8, "up_union": 8, "grouped_hidden": 8}
+QUANTIZED = {"hidden_one": 8, "linear_one": 8, "linear_many": 8, "up_union": 8, "grouped_hidden": 8}
 """Where words are loaded that turn into four, or eight, times as many floats, narrower pieces do."""
 
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel in its interpreter, and its twin in torch, against float64."""
+"""Triton's kernels in its interpreter, beyond the case table of all homes (`test_parity`)."""
 
 from __future__ import annotations
 
@@ -20,26 +20,23 @@ if not MISSING:
     from cuda_kernels.selective_attention import selective_attention
     from cuda_kernels.sparse_ffn_rows import sparse_ffn_rows
     from ondevice.checkpoint.quantization import dequantize, quantize
-    from ondevice_bench.gpu_cases_attention import AttentionCase
-    from ondevice_bench.gpu_check import numbers, row_list
-    from ondevice_bench.gpu_parity import CASES, kernel_of, run_case
+    from ondevice_bench import gpu_cases_far
+    from ondevice_bench.gpu_parity import CASES
+    from ondevice_parity.cases import run_case
+    from ondevice_parity.cases_attention import AttentionCase
+    from ondevice_parity.check import numbers, row_list
+    from ondevice_parity.torch_home import TorchHome
 
-    CPU = torch.device("cpu")
-    ALL = [(kernel, name) for kernel, cases in CASES.items() for name in cases]
+    HOME = TorchHome(torch.device("cpu"))
+    FAR = [(kernel, name) for kernel, cases in gpu_cases_far.CASES.items() for name in cases]
 else:
-    ALL = []
+    FAR = []
 
 
-@pytest.mark.parametrize(("kernel", "name"), ALL)
-def test_against_float64(kernel: str, name: str) -> None:
-    outcome = run_case(kernel_of(kernel), kernel, name, CPU, seed=zlib.crc32(name.encode()))
-    assert outcome.passed, outcome
-
-
-@pytest.mark.parametrize(("kernel", "name"), [(k, n) for k, n in ALL if not n.startswith("far")])
-def test_twins(kernel: str, name: str) -> None:
-    """Not the far ones: a twin computes everything, of which there is too much."""
-    outcome = run_case(kernel_of(kernel, twin=True), kernel, name, CPU, seed=7)
+@pytest.mark.parametrize(("kernel", "name"), FAR)
+def test_offsets_beyond_32_bits(kernel: str, name: str) -> None:
+    """What only Triton's homes can hold, as memory that is never touched costs nothing; no twin, which touches all."""
+    outcome = run_case(HOME, kernel, name, zlib.crc32(name.encode()), cases=CASES)
     assert outcome.passed, outcome
 
 
@@ -48,9 +45,9 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
     ffn = pack_ffn(*(numbers(rng, "float32", 40, 40) for _ in range(3)), device="cpu")
     x = torch.from_numpy(numbers(rng, "float32", 3, 40))
     chosen = [[3, 1, 39], [], [7, 8]]
-    together = sparse_ffn_rows(x, ffn, row_list(chosen, 9, CPU), "silu")
+    together = sparse_ffn_rows(x, ffn, row_list(chosen, 9, HOME), "silu")
     for i, mine in enumerate(chosen):
-        alone = sparse_ffn_rows(x[i : i + 1], ffn, row_list([mine], 4, CPU), "silu")
+        alone = sparse_ffn_rows(x[i : i + 1], ffn, row_list([mine], 4, HOME), "silu")
         assert torch.equal(alone[0], together[i])
     scores = torch.from_numpy(numbers(rng, "float32", 3, 40))
     assert torch.equal(select_topk(scores, 5, False).indices[1], select_topk(scores[1:2], 5, False).indices[0])
@@ -61,9 +58,9 @@ def test_keys_of_skipped_heads_are_not_read() -> None:
     case = AttentionCase((4, 4, 16), (33,), (1,))
     rng = np.random.default_rng(1)
     run = case.run_heads([[2]])
-    _, query = case.queries(rng, CPU)
-    _, view = case.cached(rng, CPU, run)
-    rows = row_list([[2]], 3, CPU)
+    _, query = case.queries(rng, HOME)
+    _, view = case.cached(rng, HOME, run)
+    rows = row_list([[2]], 3, HOME)
     before = selective_attention(query, view, rows, 0.25)
     assert torch.isfinite(before).all() and not before[0, [0, 1, 3]].any() and before[0, 2].any()
     view.keys[:, :, 2] = float("nan")
@@ -90,7 +87,7 @@ def _refusals() -> dict[str, tuple[Any, str]]:
     ffn = pack_ffn(None, torch.zeros(4, 8), torch.zeros(8, 4), device="cpu")
     rows = RowList(torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
     q = torch.zeros(1, 4, 16)
-    view = AttentionCase((4, 4, 16), (3,)).cached(np.random.default_rng(0), CPU, np.ones((1, 4), bool))[1]
+    view = AttentionCase((4, 4, 16), (3,)).cached(np.random.default_rng(0), HOME, np.ones((1, 4), bool))[1]
     three = numbers(np.random.default_rng(0), "float32", 32, 32)
     return {
         "activation": (lambda: sparse_ffn_rows(x, ffn, rows, "swish"), "activation 'swish' is none of silu"),

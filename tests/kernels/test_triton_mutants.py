@@ -36,4 +36,4 @@ def test_every_fault_is_found(faults: list[dict[str, Any]]) -> None:
 
 def test_every_kernel_has_some(faults: list[dict[str, Any]]) -> None:
     counts = Counter(fault["kernel"] for fault in faults)
-    assert len(counts) == 7 and min(counts.values()) >= LEAST, counts
+    assert len(counts) == 9 and min(counts.values()) >= LEAST, counts

@@ -27,9 +27,11 @@ from cuda_kernels.cache import KvView
 from cuda_kernels.grouped_experts import grouped_experts
 from cuda_kernels.lists import RowList
 from cuda_kernels.pack import Matrix, PackedFfn
+from cuda_kernels.quantized_linear import quantized_linear
 from cuda_kernels.select_threshold import select_threshold
 from cuda_kernels.select_topk import select_topk
 from cuda_kernels.selective_attention import selective_attention
+from cuda_kernels.sparse_inputs import InputMajor, sparse_inputs
 from cuda_kernels.statistical_topk import statistical_topk
 from cuda_kernels.topk_attention import topk_attention
 
@@ -139,6 +141,14 @@ def _rows(n: int, shape: tuple[int, int, int], kept: int, lists: int, **more: An
     return lambda: sparse_ffn_rows.sparse_ffn_rows(x, _ffn(shape, **more), _lists(lists, kept), kind)
 
 
+def _linear(n: int, bits: int) -> tuple[Any, ...]:
+    return torch.empty(n, 4096, dtype=HALF), _ffn((4096, 11008, 4096), False, bits).up, bits, 32
+
+
+def _inputs(bits: int) -> InputMajor:
+    return InputMajor(_ffn((4096, 4096, 11008), False, bits).down, None, (4096, 11008), bits, 32)
+
+
 OPT_66B, LLAMA_7B = (9216, 36864, 9216), (4096, 11008, 4096)
 CALLS: dict[str, Callable[[], Any]] = {
     "rows of a token": _rows(4, LLAMA_7B, 5504, 4, gated=True),
@@ -146,6 +156,11 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rows of a token, 8 bits": _rows(1, LLAMA_7B, 5504, 1, gated=True, bits=8),
     "rows of a batch": _rows(64, OPT_66B, 3686, 1, gated=False),
     "rows of a batch, 4 bits": _rows(64, LLAMA_7B, 5504, 1, gated=True, bits=4),
+    "linear, 4 bits": lambda: [quantized_linear(*_linear(n, 4)) for n in (1, 64)],
+    "linear, 8 bits": lambda: [quantized_linear(*_linear(n, 8)) for n in (1, 64)],
+    "inputs of a token": lambda: sparse_inputs(torch.empty(4, 4096, dtype=HALF), _inputs(0), _lists(4, 2048)),
+    "inputs of a batch": lambda: sparse_inputs(torch.empty(64, 4096, dtype=HALF), _inputs(0), _lists(1, 2048)),
+    "inputs of a token, 4 bits": lambda: sparse_inputs(torch.empty(1, 4096, dtype=HALF), _inputs(4), _lists(1, 2048)),
     "experts": lambda: grouped_experts(
         torch.empty(512, 4096, dtype=HALF), _ffn(LLAMA_7B, True, block=128), _lists(512, 86), "silu"
     ),

@@ -7,6 +7,7 @@ exception or a wrong result finds it. Prints each with the case that found it, a
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -20,9 +21,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from ondevice_bench.gpu_parity import CASES, kernel_of, run_case
+from ondevice_bench.gpu_parity import CASES
+from ondevice_parity.cases import run_case
+from ondevice_parity.torch_home import TorchHome
 from tests.kernels.triton_faults import MUTANTS, Mutant
 
+HOME = TorchHome(torch.device("cpu"))
 SECONDS = 300
 """After which a fault counts as not found."""
 
@@ -59,7 +63,7 @@ def finds(kernel: str) -> str:
     """The first case that fails, or ''."""
     for name in CASES[kernel]:
         try:
-            if not run_case(kernel_of(kernel), kernel, name, torch.device("cpu"), seed=5).passed:
+            if not run_case(HOME, kernel, name, seed=5, cases=CASES).passed:
                 return name
         except Exception:
             return name
@@ -93,7 +97,7 @@ def main(kernels: list[str]) -> None:
     """Plants the faults of some kernels, or of all, and prints what found them."""
     torch.set_num_threads(1)
     for kernel in CASES:
-        kernel_of(kernel)
+        importlib.import_module(f"cuda_kernels.{kernel}")
     results = []
     for mutant in [m for m in MUTANTS if not kernels or m.kernel in kernels]:
         case = found_by(mutant)

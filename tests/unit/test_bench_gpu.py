@@ -60,8 +60,8 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(output.read_text())
     assert found["seed"] == 3 and not found["wrong"]
-    assert len({record["kernel"] for record in found["parity"]}) == 7
-    assert all(record["passed"] for record in found["parity"])
+    assert len({record["kernel"] for record in found["parity"]}) == 9
+    assert all(record["passed"] for record in found["parity"] + found["models"]) and len(found["models"]) == 2
     errors = [record["error"] for record in found["layers"] + found["decode"] if record.get("error") is not None]
     assert len(errors) >= 8 and max(errors) < 0.02
     assert {record["what"] for record in found["layers"]} >= {"copy", "attention", "rows of a batch", "topk of heads"}

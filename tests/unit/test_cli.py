@@ -194,7 +194,7 @@ def test_doctor_reports_this_machine(ondevice_cli, monkeypatch):
     report = json.loads(ondevice_cli("doctor", "--json").stdout)
     assert report["machine"]["threads"] >= 1 and report["machine"]["read_gbs_all_threads"] > 0
     assert report["kernels"]["instruction_set"] == instruction_set()
-    assert "not in this version" in report["backends"]["cuda"]
+    assert report["backends"]["cuda"].startswith(("ready on the", "no: "))
     assert report["backends"]["mlx"].startswith(("ready on the", "no: it"))
     assert report["store"]["models"] == 0
     assert report["kernels"]["amx"] == "yes" or report["kernels"]["amx"].startswith("no: ")

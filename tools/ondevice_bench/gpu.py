@@ -30,7 +30,7 @@ import click
 Record = dict[str, Any]
 LIMIT = 465.0
 """Seconds of the whole."""
-STAGES = {"parity": 170.0, "layers": 150.0, "decode": 170.0}
+STAGES = {"parity": 170.0, "models": 90.0, "layers": 150.0, "decode": 170.0}
 """Seconds of each, at most."""
 WORKERS = 8
 """Processes that share the parity cases: nearly all of its time is compiling, on one core each."""
@@ -55,6 +55,17 @@ def _parity(part: int, parts: int, seed: int, smoke: bool) -> Iterator[Record]:
     order = [(kernel, name) for kernel, cases in CASES.items() for name in (list(cases)[2:4] if smoke else cases)]
     mine = set(order[part::parts])
     for result in parity(_device(), seed, lambda kernel, name: (kernel, name) in mine):
+        yield result.document()
+
+
+def _models(smoke: bool) -> Iterator[Record]:
+    from ondevice.ops import torch_device
+
+    if _device().type == "cpu":
+        os.environ[torch_device.INTERPRET] = "1"
+    from ondevice_bench.gpu_models import models
+
+    for result in models(few=smoke):
         yield result.document()
 
 
@@ -85,6 +96,8 @@ def run_stage(stage: str, part: int, parts: int, seed: int, smoke: bool, into: P
         match stage:
             case "parity":
                 records = _parity(part, parts, seed, smoke)
+            case "models":
+                records = _models(smoke)
             case "layers":
                 records = _layers(smoke)
             case _:
@@ -114,7 +127,7 @@ class Run:
         if limit <= 5:
             return [], "not run: no time was left"
         environment = dict(os.environ)
-        if name == "parity":
+        if name in ("parity", "models"):
             # Tiles are timed where speed is measured; here that would compile three for one.
             environment["ONDEVICE_TRITON_TUNING"] = "first"
         with tempfile.TemporaryDirectory() as folder:
@@ -196,11 +209,11 @@ def main(
         if wrong:
             results["wrong"][name] = wrong
         output.write_text(json.dumps(results, indent=1))
-        if picture is not None and name != "parity":
+        if picture is not None and name not in ("parity", "models"):
             picture.write_text(svg(results))
         click.echo(f"{name}: {len(results[name])} records in {results['seconds'][name]} s", err=True)
     click.echo(table(results))
-    failed = [record for record in results["parity"] if not record["passed"]]
+    failed = [record for record in results["parity"] + results["models"] if not record["passed"]]
     if failed or results["wrong"]:
         sys.exit(1)
 

@@ -1,22 +1,19 @@
-"""Every kernel against float64 on a device, with fresh random inputs and poisoned memory."""
+"""Every kernel against float64 on a device, a case at a time: the table of all homes, and what only a GPU can hold."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
-from zlib import crc32
 
-import numpy as np
 import torch
 
-from cuda_kernels import memory
-from ondevice_bench import gpu_cases_attention, gpu_cases_ffn, gpu_cases_select
-from ondevice_bench.gpu_check import Case, Outcome, Table
+from ondevice_bench import gpu_cases_far
+from ondevice_parity import cases
+from ondevice_parity.check import Table
+from ondevice_parity.torch_home import TorchHome
 
-CASES: Table = {**gpu_cases_ffn.CASES, **gpu_cases_select.CASES, **gpu_cases_attention.CASES}
+CASES: Table = {kernel: {**some, **gpu_cases_far.CASES.get(kernel, {})} for kernel, some in cases.CASES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,38 +31,15 @@ class Result:
         return asdict(self)
 
 
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Fills memory that kernels write with NaN, or far indices, before each launch."""
-    before, memory.POISON = memory.POISON, True
-    try:
-        yield
-    finally:
-        memory.POISON = before
-
-
-def kernel_of(name: str, twin: bool = False) -> Callable[..., Any]:
-    """A kernel's wrapper, or its twin in torch."""
-    function: Callable[..., Any] = getattr(importlib.import_module(f"cuda_kernels.{name}"), name + "_torch" * twin)
-    return function
-
-
-def run_case(fn: Callable[..., Any], kernel: str, name: str, device: torch.device, seed: int) -> Outcome:
-    """One case with random inputs of a seed, in poisoned memory."""
-    case: Case = CASES[kernel][name]
-    rng = np.random.default_rng([seed, crc32(f"{kernel} {name}".encode())])
-    with poisoned():
-        return case(fn, rng, device)
-
-
 def parity(device: torch.device, seed: int, wanted: Callable[[str, str], bool] | None = None) -> Iterator[Result]:
     """All cases, or some of them; one that raises has failed, and the others go on."""
-    for kernel, cases in CASES.items():
-        for name in cases:
+    home = TorchHome(device)
+    for kernel, some in CASES.items():
+        for name in some:
             if wanted is not None and not wanted(kernel, name):
                 continue
             try:
-                outcome = run_case(kernel_of(kernel), kernel, name, device, seed)
+                outcome = cases.run_case(home, kernel, name, seed, cases=CASES)
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"[:300]
                 yield Result(kernel, name, float("inf"), 0.0, False, text)

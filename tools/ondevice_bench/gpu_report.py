@@ -23,7 +23,11 @@ def table(results: Record) -> str:
     """
     machine = results["machine"]
     lines = [f"## {machine['device']}, torch {machine['torch']}, triton {machine['triton']}", ""]
-    lines += _parity(results["parity"]) + _layers(results["layers"]) + _decode(results["decode"])
+    lines += (
+        _parity([*results["parity"], *results.get("models", [])])
+        + _layers(results["layers"])
+        + _decode(results["decode"])
+    )
     lines += [f"{name} took {seconds} s" for name, seconds in results["seconds"].items()]
     lines += [f"**{name} went wrong**: {text}" for name, text in results["wrong"].items()]
     return "\n".join(lines)

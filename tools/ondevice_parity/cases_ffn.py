@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from cuda_kernels.lists import RowList
-from cuda_kernels.pack import Matrix, PackedFfn, pack_ffn
 from ondevice.checkpoint.quantization import Tensor, dequantize, quantize
-from ondevice_bench.gpu_check import F64, Outcome, Table, close, lists, mask_of, numbers, row_list, to_device
+from ondevice_parity.check import F64, Home, Outcome, Table, close, lists, mask_of, numbers, row_list
 
 SOME = (0, 1, 7, 33, -1, -2)
 
@@ -64,7 +61,7 @@ class FfnCase:
     block: int = 1
     activation: str = "silu"
 
-    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
+    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, home: Home) -> Outcome:
         width, neurons, out = self.shape
         gate, up = (self._weight(rng, neurons, width) for _ in range(2))
         down = self._weight(rng, out, neurons)
@@ -77,14 +74,12 @@ class FfnCase:
         chosen = lists(
             rng, [self.counts[i % len(self.counts)] for i in range(1 if self.shared else self.tokens)], units
         )
-        ffn = pack_ffn(
-            gate if self.gated else None, up, down, *biases, block=self.block, valued=self.valued, device=device
-        )
-        rows = row_list(chosen, max([1, *map(len, chosen)]) + 3, device)
-        more: dict[str, Any] = {"residual": self._place(residual, device)}
+        ffn = home.pack_ffn(gate if self.gated else None, up, down, *biases, block=self.block, valued=self.valued)
+        rows = row_list(chosen, max([1, *map(len, chosen)]) + 3, home)
+        more: dict[str, Any] = {"residual": self._place(residual, home)}
         if self.valued:
-            more["values"] = self._place(values, device)
-        got = fn(self._place(x, device), ffn, rows, self.activation, **more)
+            more["values"] = self._place(values, home)
+        got = fn(self._place(x, home), ffn, rows, self.activation, **more)
         matrices = [dequantize(m, np.float64) for m in (gate, up, down)]
         h = x.astype(np.float64) @ matrices[1].T + (0 if biases[1] is None else biases[1])
         if self.gated:
@@ -94,7 +89,8 @@ class FfnCase:
             h = activate(h, self.activation) * (1 if values is None else values)
         h = np.where(np.repeat(mask_of(chosen, units), self.block, axis=1), h, 0)
         expected = h @ matrices[2].T + (0 if biases[2] is None else biases[2])
-        return close(got, expected + (0 if residual is None else residual.astype(np.float64)), self.dtype)
+        expected = expected + (0 if residual is None else residual.astype(np.float64))
+        return close(home.numpy(got), expected, self.dtype, more=home.quantized_error if self.bits else 0.0)
 
     def _weight(self, rng: np.random.Generator, rows: int, columns: int) -> Tensor:
         array = numbers(rng, "float32", rows, columns, scale=columns**-0.5)
@@ -102,48 +98,24 @@ class FfnCase:
             return quantize(array, self.bits, self.group)
         return array.astype(numbers(rng, self.weights or self.dtype, 1).dtype)
 
-    def _place(self, array: NDArray[Any] | None, device: torch.device) -> torch.Tensor | None:
+    def _place(self, array: NDArray[Any] | None, home: Home) -> Any:
         if array is None or not self.strided:
-            return None if array is None else to_device(array, device)
+            return None if array is None else home.array(array)
         wide = np.full((2 * array.shape[0], array.shape[1] + 5), np.nan, array.dtype)
         wide[::2, 2:-3] = array
-        return to_device(wide, device)[::2, 2:-3]
-
-
-@dataclass(frozen=True)
-class FarRows:
-    """Rows that begin beyond 2**31 values; only those are ever touched."""
-
-    shared: bool
-
-    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
-        width, neurons, tokens = 64, 2**25 + 64, 2 if self.shared else 1
-        up, down = (torch.empty(neurons, width, dtype=torch.float16, device=device) for _ in range(2))
-        chosen = [[neurons - 1, 5, neurons - 64]]
-        small = [numbers(rng, "float16", 3, width, scale=0.125) for _ in range(2)]
-        for whole, part in zip((up, down), small):
-            for row, at in zip(part, chosen[0]):
-                whole[at] = to_device(row, device)
-        none = (None, None, None)
-        ffn = PackedFfn(None, Matrix(up), Matrix(down), *none, (width, neurons, width), 0, 1, 1, False)
-        x = numbers(rng, "float16", tokens, width)
-        got = fn(to_device(x, device), ffn, row_list(chosen, 4, device), "relu")
-        h = np.maximum(x.astype(np.float64) @ small[0].astype(np.float64).T, 0)
-        return close(got, h @ small[1].astype(np.float64), "float16")
+        return home.array(wide)[::2, 2:-3]
 
 
 def _without_lists(shape: tuple[int, int, int]) -> Callable[..., Outcome]:
-    def run(fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
+    def run(fn: Callable[..., Any], rng: np.random.Generator, home: Home) -> Outcome:
         """Lists of length 0: bias and nothing else."""
         width, neurons, out = shape
         bias = numbers(rng, "float32", out)
         arrays = [numbers(rng, "float32", *s) for s in ((neurons, width), (neurons, width), (out, neurons))]
-        ffn = pack_ffn(*arrays, down_bias=bias, device=device)
-        zeros = torch.zeros(2, dtype=torch.int32, device=device)
-        got = fn(
-            to_device(numbers(rng, "float32", 2, width), device), ffn, RowList(zeros[:, None][:, :0], zeros), "silu"
-        )
-        return close(got, np.tile(bias.astype(np.float64), (2, 1)), "float32")
+        ffn = home.pack_ffn(*arrays, down_bias=bias)
+        rows = home.rows(np.zeros((2, 0), np.int32), np.zeros(2, np.int32))
+        got = fn(home.array(numbers(rng, "float32", 2, width)), ffn, rows, "silu")
+        return close(home.numpy(got), np.tile(bias.astype(np.float64), (2, 1)), "float32")
 
     return run
 
@@ -184,8 +156,6 @@ CASES: Table = {
         "union, 4 bits": FfnCase(17, (160, 192, 70), (77,), shared=True, bits=4, dtype="float16", biased=True),
         "union, 8 bits": FfnCase(5, (96, 128, 33), (60,), shared=True, bits=8, gated=False, activation="relu"),
         "70 tokens": FfnCase(70, ODD, (20,), shared=True),
-        "far rows": FarRows(shared=False),
-        "far rows, union": FarRows(shared=True),
     },
     "grouped_experts": {
         "one token": FfnCase(1, (33, 64, 37), (1,), block=32),

@@ -11,12 +11,9 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from cuda_kernels.cache import KvView
-from cuda_kernels.memory import NO_INDEX
-from ondevice_bench.gpu_check import F64, Outcome, Table, close, lists, mask_of, numbers, row_list, to_device
+from ondevice_parity.check import F64, NO_INDEX, Home, Outcome, Table, close, lists, mask_of, numbers, row_list
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,7 @@ class AttentionCase:
         strided: queries and a cache with other numbers between them.
         repeated: lists that name a unit twice.
         growing: keys that are longer at the end.
+        drifting: keys whose mean is another at each position.
     """
 
     shape: tuple[int, int, int]
@@ -44,6 +42,7 @@ class AttentionCase:
     strided: bool = False
     repeated: bool = False
     growing: bool = False
+    drifting: bool = False
 
     @property
     def units(self) -> int:
@@ -55,17 +54,15 @@ class AttentionCase:
             return np.ones((len(self.lengths), self.shape[0]), bool)
         return np.repeat(mask_of(chosen, self.units), self.shape[0] // self.units, axis=1)
 
-    def queries(self, rng: np.random.Generator, device: torch.device) -> tuple[F64, torch.Tensor]:
+    def queries(self, rng: np.random.Generator, home: Home) -> tuple[F64, Any]:
         q = numbers(rng, self.dtype, len(self.lengths), self.shape[0], self.shape[2])
         if not self.strided:
-            return q.astype(np.float64), to_device(q, device)
+            return q.astype(np.float64), home.array(q)
         wide = np.full((len(q), 2 * self.shape[0], self.shape[2] + 8), np.nan, q.dtype)
         wide[:, ::2, 8:] = q
-        return q.astype(np.float64), to_device(wide, device)[:, ::2, 8:]
+        return q.astype(np.float64), home.array(wide)[:, ::2, 8:]
 
-    def cached(
-        self, rng: np.random.Generator, device: torch.device, run: NDArray[np.bool_]
-    ) -> tuple[list[tuple[F64, F64]], KvView]:
+    def cached(self, rng: np.random.Generator, home: Home, run: NDArray[np.bool_]) -> tuple[list[tuple[F64, F64]], Any]:
         """Keys and values of each sequence [length, KV heads, dh], and the same as the kernels read them."""
         _, kv_heads, dh = self.shape
         n, page = len(self.lengths), self.page or max([1, *self.lengths]) + 5
@@ -80,6 +77,9 @@ class AttentionCase:
             if self.growing:
                 # The largest score is among the last keys, so what came before must shrink.
                 both[0][-200:] *= 3
+            if self.drifting:
+                both[0] = (both[0] + np.linspace(0, 3, length)[:, None, None]).astype(both[0].dtype)
+            both = [home.as_cached(part) for part in both]
             found.append((both[0].astype(np.float64), both[1].astype(np.float64)))
             at = np.arange(length)
             for store, part in zip(stores, both):
@@ -92,20 +92,20 @@ class AttentionCase:
         for i, length in enumerate(self.lengths):
             table[i, -(-length // page) :] = NO_INDEX
         # As a cache of several layers lies in memory, or as one alone.
-        keys, values = (to_device(s, device)[1] if self.strided else to_device(s[1], device) for s in stores)
-        lengths = to_device(np.array(self.lengths, np.int32), device)
-        return found, KvView(keys, values, lengths, to_device(table.astype(np.int32), device) if self.page else None)
+        keys, values = (home.array(s)[1] if self.strided else home.array(s[1]) for s in stores)
+        lengths = home.array(np.array(self.lengths, np.int32))
+        return found, home.view(keys, values, lengths, home.array(table.astype(np.int32)) if self.page else None)
 
-    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
+    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, home: Home) -> Outcome:
         n, (heads, kv_heads, dh) = len(self.lengths), self.shape
         chosen = None
         if self.counts is not None:
             chosen = lists(rng, [self.counts[i % len(self.counts)] for i in range(n)], self.units)
             chosen = [mine + mine[:1] for mine in chosen] if self.repeated else chosen
         run = self.run_heads(chosen)
-        q, query = self.queries(rng, device)
-        cached, view = self.cached(rng, device, run)
-        rows = None if chosen is None else row_list(chosen, max([1, *map(len, chosen)]) + 2, device, padding=0)
+        q, query = self.queries(rng, home)
+        cached, view = self.cached(rng, home, run)
+        rows = None if chosen is None else row_list(chosen, max([1, *map(len, chosen)]) + 2, home, padding=0)
         got = fn(query, view, rows, dh**-0.5, self.unit, self.window, self.softcap)
         expected = np.zeros((n, heads, dh))
         for i, (k, v) in enumerate(cached):
@@ -116,7 +116,7 @@ class AttentionCase:
                     scores = self.softcap * np.tanh(scores / self.softcap) if self.softcap else scores
                     weights = np.exp(scores - scores.max())
                     expected[i, h] = weights @ v[first:, h * kv_heads // heads] / weights.sum()
-        return close(got, expected, self.dtype)
+        return close(home.numpy(got), expected, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,16 @@ class SparkCase(AttentionCase):
     k: int = 20
     equal: bool = False
 
-    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
+    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, home: Home) -> Outcome:
         n, (heads, kv_heads, dh) = len(self.lengths), self.shape
-        q, query = self.queries(rng, device)
-        cached, view = self.cached(rng, device, self.run_heads(None))
+        q, query = self.queries(rng, home)
+        cached, view = self.cached(rng, home, self.run_heads(None))
         if self.equal:
             # Of products that are exact, lest equal keys get scores that are not.
-            q, query = np.rint(2 * q), (2 * query).round()
+            q = np.rint(2 * q)
+            query = home.array(q.astype(self.dtype))
             key = np.rint(numbers(rng, "float32", dh) * 2).astype(self.dtype)
-            view.keys[:] = to_device(key, device)
+            view.keys[:] = home.array(key)
             cached = [(np.broadcast_to(key.astype(np.float64), k.shape), v) for k, v in cached]
         got = fn(query, view, dh**-0.5, self.r, self.k, self.window)
         expected, margin = np.zeros((n, heads, dh)), np.full((n, heads), np.inf)
@@ -157,35 +158,7 @@ class SparkCase(AttentionCase):
                 weights = np.exp(scores[kept] - scores.max())
                 other = keys[kept, self.r :] @ q[i, h, self.r :] * dh**-0.5
                 expected[i, h] = (weights / weights.sum() * np.logaddexp(0, other)) @ values[kept]
-        return close(got, expected, self.dtype, ignore=margin < 1e-5)
-
-
-@dataclass(frozen=True)
-class FarPages:
-    """Pages that begin beyond 2**31 values; only those are ever touched."""
-
-    spark: bool = False
-
-    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
-        dh, pages = 64, 2**19 + 3
-        keys, values = (torch.empty(pages, 64, 1, dh, dtype=torch.float16, device=device) for _ in range(2))
-        small = [numbers(rng, "float16", 70, dh) for _ in range(2)]
-        for whole, part in zip((keys, values), small):
-            whole[pages - 1, :, 0] = to_device(part[:64], device)
-            whole[pages - 2, :6, 0] = to_device(part[64:], device)
-        table = torch.tensor([[pages - 1, pages - 2]], dtype=torch.int32, device=device)
-        view = KvView(keys, values, torch.tensor([70], dtype=torch.int32, device=device), table)
-        q = numbers(rng, "float16", 1, 1, dh)
-        k, v = (part.astype(np.float64) for part in small)
-        r = 32 if self.spark else dh
-        scores = k[:, :r] @ q[0, 0, :r].astype(np.float64) / 8
-        weights = np.exp(scores - scores.max())
-        weights /= weights.sum()
-        if self.spark:
-            weights *= np.logaddexp(0, k[:, r:] @ q[0, 0, r:].astype(np.float64) / 8)
-        query = to_device(q, device)
-        got = fn(query, view, 0.125, r, 1000) if self.spark else fn(query, view, None, 0.125)
-        return close(got, (weights @ v)[None, None], "float16")
+        return close(home.numpy(got), expected, self.dtype, ignore=margin < 1e-5)
 
 
 RAGGED = (1, 33, 65, 0, 130, 64)
@@ -212,7 +185,6 @@ CASES: Table = {
         "bfloat16": AttentionCase((4, 4, 64), RAGGED, dtype="bfloat16"),
         "heads of 128": AttentionCase((4, 4, 128), (130, 5), dtype="float16", page=0),
         "no sequence": AttentionCase((4, 4, 32), (), None),
-        "far pages": FarPages(),
     },
     "topk_attention": {
         "first positions": SparkCase((4, 2, 32), (1, 0, 2)),
@@ -223,6 +195,7 @@ CASES: Table = {
         "strided": SparkCase((4, 4, 32), RAGGED, strided=True),
         "several chunks": SparkCase((4, 2, 32), (513, 256, 257, 0), k=60),
         "more chunks than are merged at a time": SparkCase((1, 1, 32), (4400,), k=100),
+        "drifting": SparkCase((4, 2, 32), (300, 600, 33), k=30, drifting=True),
         "a window": SparkCase((4, 2, 32), (*RAGGED, 300), window=60),
         "a window of several chunks": SparkCase((2, 2, 32), DEEP, window=400, k=30),
         "a window below k": SparkCase((4, 2, 32), (300, 5), window=19),
@@ -232,6 +205,5 @@ CASES: Table = {
         "bfloat16": SparkCase((4, 2, 64), (300, 65), dtype="bfloat16", r=32),
         "equal keys": SparkCase((4, 2, 32), (7, 33, 300), equal=True),
         "no sequence": SparkCase((4, 2, 32), ()),
-        "far pages": FarPages(spark=True),
     },
 }

@@ -8,17 +8,16 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ondevice_bench.gpu_check import Outcome, Table, close, same_lists, to_device
+from ondevice_parity.check import Home, Outcome, Table, close, same_lists
 
 
-def _strided(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+def _strided(array: NDArray[Any], home: Home) -> Any:
     """The same values with other numbers between them, in both directions."""
     wide = np.full((array.shape[0] * 2, array.shape[1] * 3), np.nan, array.dtype)
     wide[::2, 1::3] = array
-    return to_device(wide, device)[::2, 1::3]
+    return home.array(wide)[::2, 1::3]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class TopkCase:
     normal: bool = False
     below: bool = False
 
-    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
+    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, home: Home) -> Outcome:
         scores = (rng.integers(-self.span, self.span, (self.n, self.units * self.group)) / 8).astype(self.dtype)
         if self.normal:
             scores = rng.standard_normal(scores.shape).astype(self.dtype)
@@ -66,13 +65,13 @@ class TopkCase:
         values = np.where(np.isnan(values), -np.inf, values).reshape(len(values), self.units, self.group).max(axis=2)
         mask = np.zeros(values.shape, bool)
         np.put_along_axis(mask, np.argsort(-values, axis=1, kind="stable")[:, : self.k], True, axis=1)
-        tensor = _strided(scores, device) if self.strided else to_device(scores, device)
-        flags = None if active is None else to_device(active, device)
+        tensor = _strided(scores, home) if self.strided else home.array(scores)
+        flags = None if active is None else home.array(active)
         unsure = None
         if self.odd:
             # NaN and -inf are both the smallest; which of them come first is not promised.
             unsure = values == -np.inf
-        return same_lists(fn(tensor, self.k, self.shared, self.group, flags), mask, unsure)
+        return same_lists(home, fn(tensor, self.k, self.shared, self.group, flags), mask, unsure)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class ThresholdCase:
     strided: bool = False
     dtype: str = "float32"
 
-    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
+    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, home: Home) -> Outcome:
         scores = (rng.integers(-20, 21, (self.n, self.units)) / 4).astype(self.dtype)
         if self.relative:
             scores = np.abs(scores)
@@ -98,8 +97,8 @@ class ThresholdCase:
         values = scores.astype(np.float64)
         largest = values.max(axis=1, keepdims=True) if self.n else values
         mask = (values >= self.threshold * largest) | (values == largest) if self.relative else values > self.threshold
-        tensor = _strided(scores, device) if self.strided else to_device(scores, device)
-        return same_lists(fn(tensor, self.threshold, self.relative), mask)
+        tensor = _strided(scores, home) if self.strided else home.array(scores)
+        return same_lists(home, fn(tensor, self.threshold, self.relative), mask)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class StatisticalCase:
     strided: bool = False
     equal: bool = False
 
-    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, device: torch.device) -> Outcome:
+    def __call__(self, fn: Callable[..., Any], rng: np.random.Generator, home: Home) -> Outcome:
         scores = (rng.standard_normal((self.n, self.units)) + self.mean).astype(np.float32)
         if self.equal:
             scores[:] = 2.0
@@ -121,23 +120,21 @@ class StatisticalCase:
         values = scores.astype(np.float64)
         deviation = values.std(axis=1, keepdims=True)
         border = values.mean(axis=1, keepdims=True) + c * deviation
-        tensor = _strided(scores, device) if self.strided else to_device(scores, device)
+        tensor = _strided(scores, home) if self.strided else home.array(scores)
         got, rows = fn(tensor, c)
         unsure = np.abs(values - border) < 1e-4 * (1 + abs(self.mean))
         expected = np.maximum(values - border, 0)
-        result = got.double().cpu().numpy()
+        result = home.numpy(got)
         if result.shape != expected.shape or not np.isfinite(result).all():
             return Outcome(float("inf"), 0.0)
-        chosen = same_lists(rows, values > border, unsure)
+        chosen = same_lists(home, rows, values > border, unsure)
         if not chosen.passed:
             return chosen
-        result = torch.from_numpy(np.where(unsure, 0, result))
+        result = np.where(unsure, 0, result)
         # All values share a scale; the extra column keeps it where nothing is above the border.
         extra = np.ones((self.n, 1))
-        outcome = close(
-            torch.cat([result, torch.from_numpy(extra)], 1), np.concatenate([np.where(unsure, 0, expected), extra], 1),
-            "float32",
-        )  # fmt: skip
+        both = [np.concatenate([x, extra], 1) for x in (result, np.where(unsure, 0, expected))]
+        outcome = close(both[0], both[1], "float32")
         return Outcome(outcome.error, outcome.tolerance * (1 + abs(self.mean)))
 
 

@@ -1,0 +1,102 @@
+"""Which homes there are, whether one can run here, and how it is opened."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ondevice_parity.check import Home
+
+METAL = "ondevice_parity.metal_home"
+"""The module of Metal's home, if this version has one: a class MetalHome, and `obstacle() -> str | None`."""
+CPU_ERROR = 3e-2
+"""Of products of 4 and 8 bits on a CPU, which multiply int8 codes of their inputs."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A home.
+
+    Args:
+        obstacle: why it cannot run here, and the way out; None if it can.
+        open: makes it.
+    """
+
+    obstacle: Callable[[], str | None]
+    open: Callable[[], Home]
+
+
+def _reference() -> Home:
+    from ondevice.ops.reference import ReferenceOps
+    from ondevice_parity.ops_home import OpsHome
+
+    return OpsHome(ReferenceOps, np.float64)
+
+
+def _cpu() -> Home:
+    from cpu_kernels.compile import compile_all
+    from cpu_kernels.threads import POOL
+    from ondevice.ops.cpu import CpuOps
+    from ondevice_parity.ops_home import OpsHome
+
+    compile_all(POOL, None)
+    return OpsHome(CpuOps, np.float16, CPU_ERROR, halves=True)
+
+
+def _torch_obstacle() -> str | None:
+    from ondevice.ops import torch_device
+
+    # Its twins are in the kernels' own files, which need both.
+    problems = (torch_device.torch_obstacle(), torch_device.triton_obstacle())
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _torch() -> Home:
+    import torch
+
+    from ondevice_parity.torch_home import TorchHome
+
+    return TorchHome(torch.device("cpu"), twin=True)
+
+
+def _triton_obstacle() -> str | None:
+    from ondevice.ops import torch_device
+
+    problems = torch_device.cuda_obstacles()
+    way = "" if torch_device.interpreting() else f"; or {torch_device.INTERPRET}=1 interprets them on the CPU"
+    return "; ".join(problems) + way if problems else None
+
+
+def _triton() -> Home:
+    from ondevice.ops.torch_device import find_cuda, require_cuda
+
+    require_cuda()
+    from ondevice_parity.torch_home import TorchHome
+
+    return TorchHome(find_cuda().device)
+
+
+def _metal_obstacle() -> str | None:
+    if importlib.util.find_spec(METAL) is None:
+        return "not in this version of ondevice"
+    problem: str | None = importlib.import_module(METAL).obstacle()
+    return problem
+
+
+def _metal() -> Home:
+    home: Home = importlib.import_module(METAL).MetalHome()
+    return home
+
+
+HOMES = {
+    "reference": Entry(lambda: None, _reference),
+    "cpu": Entry(lambda: None, _cpu),
+    "metal": Entry(_metal_obstacle, _metal),
+    "triton": Entry(_triton_obstacle, _triton),
+    "torch": Entry(_torch_obstacle, _torch),
+}
+"""By name. "torch" is the twins of Triton's kernels in plain torch, on the CPU."""
