@@ -16,6 +16,7 @@ EXPECTED = {
     "ondevice_chat",
     "ondevice_convert",
     "ondevice_eval",
+    "ondevice_parity",
     "cpu_kernels",
     "cuda_kernels",
     "metal_kernels",
