@@ -200,3 +200,18 @@ def test_what_is_added_to_a_model_is_kept(tmp_path):
     assert made.tensor("layers.0.up.weight") is added["layers.0.up.weight"] and not made.errors
     made.tensor("layers.1.up.weight")
     assert made.errors.keys() == {"layers.1.up.weight"}
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_1", 6), ("Q5_0", 8), ("Q8_0", 8)])
+def test_columns_in_another_order_get_finer_codes(tmp_path, kind, bits):
+    source = open_checkpoint(tiny_gguf(tmp_path / "m.gguf", types=kind))
+    order = np.random.default_rng(0).permutation(source.spec.d_ff)
+    made = Changed(source, source.spec, orders={0: order})
+    copy = write(tmp_path / "m", made)
+    for name in ("layers.0.down.weight", "layers.1.down.weight", "layers.0.up.weight"):
+        assert copy.stored(name)[0] == f"affine {bits if name == 'layers.0.down.weight' else int(kind[1])}-bit g32"
+    assert made.stored("layers.0.down.weight") == copy.stored("layers.0.down.weight")
+    down, before = (dequantize(c.tensor("layers.0.down.weight"), np.float64) for c in (copy, source))
+    error = np.linalg.norm(down - before[:, order]) / np.linalg.norm(before)
+    assert error < {4: 0.03, 5: 0.01, 8: 0.01}[int(kind[1])]
+    assert same(copy.tensor("layers.0.up.weight"), source.tensor("layers.0.up.weight").rows(order))
