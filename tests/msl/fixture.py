@@ -22,8 +22,10 @@ def metal() -> Iterator[Emulator | Gpu]:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints how each mutant was caught, as `test_mutants` recorded it, in whichever process."""
-    reports = [report for each in terminalreporter.stats.values() for report in each if hasattr(report, "nodeid")]
-    lines = [str(value) for report in reports for name, value in report.user_properties if name == "mutant"]
+    # Warnings are among these too, and have no properties.
+    reports = [report for each in terminalreporter.stats.values() for report in each]
+    noted = [pair for report in reports for pair in getattr(report, "user_properties", ())]
+    lines = [str(value) for name, value in noted if name == "mutant"]
     if lines:
         terminalreporter.section("mutants of Metal kernels, and how each was caught")
         for line in sorted(set(lines)):
