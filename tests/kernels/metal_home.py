@@ -1,8 +1,7 @@
-"""The kernels of `metal_kernels` as the parity cases call them."""
+"""Metal's home as tests open it: on what stands in for a GPU."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,39 +10,11 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from metal_kernels import launch
-from metal_kernels.cache import KvView
-from metal_kernels.lists import RowList
-from metal_kernels.pack import PackedFfn, pack_ffn, to_mlx
-from tests.kernels.home_check import Case
+from ondevice_parity.check import Case
+from ondevice_parity.metal_home import MetalHome
 from tests.msl.emulator import is_kernel
-
-
-class MetalHome:
-    """Wrappers run on what `mx.fast.metal_kernel` is: a GPU, or the emulator; twins on MLX's default device."""
-
-    def array(self, array: NDArray[Any]) -> mx.array:
-        return to_mlx(array)
-
-    def numpy(self, array: mx.array) -> NDArray[Any]:
-        floats = mx.issubdtype(array.dtype, mx.floating)
-        return np.array(array.astype(mx.float32)).astype(np.float64) if floats else np.array(array)
-
-    def rows(self, indices: NDArray[np.int32], count: NDArray[np.int32]) -> RowList:
-        return RowList(mx.array(indices), mx.array(count))
-
-    def view(self, keys: mx.array, values: mx.array, lengths: mx.array, block_table: mx.array | None) -> KvView:
-        return KvView(keys, values, lengths, block_table)
-
-    def pack_ffn(self, *args: Any, **options: Any) -> PackedFfn:
-        return pack_ffn(*args, **options)
-
-    def kernel(self, name: str, twin: bool = False) -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(importlib.import_module(f"metal_kernels.{name}"), name + "_mlx" * twin)
-        return function
-
 
 HOME = MetalHome()
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from tests.kernels.home_cases_attention import AttentionCase
+from ondevice_parity.cases_attention import AttentionCase
 from tests.kernels.metal_home import checks
 from tests.msl.findings import Kind
 from tests.msl.mutants import Mutant, Subject

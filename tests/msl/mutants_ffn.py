@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from tests.kernels.home_cases_ffn import FfnCase
+from ondevice_parity.cases_ffn import FfnCase
 from tests.kernels.metal_home import checks
 from tests.msl.findings import Kind
 from tests.msl.mutants import Mutant, Subject

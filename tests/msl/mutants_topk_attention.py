@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.kernels.home_cases_attention import SparkCase
+from ondevice_parity.cases_attention import SparkCase
 from tests.kernels.metal_home import checks
 from tests.msl.findings import Kind
 from tests.msl.mutants import Mutant, Subject
