@@ -7,7 +7,7 @@ keys reach the border, which random float32 scores do after about 12.
 
 Grid: a program for each row. A pass compares keys with three borders and counts in ten bits of one register each: nine
 instructions a key with loads and loop, where a histogram of 256 bins takes some hundred. So 16,384 keys are 1,200
-cycles of a processor's four schedulers, and the sum over the warps comes on top: some 2 us a pass, 25 to 30 for all.
+cycles of a processor's four schedulers, and the sum over the warps comes on top.
 `votes` adds up the batch's scores first, a program for 256 units, tokens in order, and
 leaves keys. Heads that are chosen by groups take the group's largest while loading.
 """
@@ -22,8 +22,7 @@ from cuda_kernels.launch import absent, empty, need_device, need_float, up_to_po
 from cuda_kernels.lists import RowList
 
 BLOCK = 4096
-"""Keys that a program reads at a time: sixteen of each thread. On an H200 8 warps take 24 us for the 1,540 largest of
-16,384, and 32 warps of 8,192 keys 34: the more warps, the longer their sum."""
+"""Keys that a program reads at a time: sixteen of each thread. The more warps, the longer their sum."""
 MOST = (1 << 21) - 1
 """Units of a row: the counts of three borders are added as one number."""
 

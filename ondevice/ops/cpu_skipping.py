@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ class Inputs:
     counted: _Counted
 
 
-class CpuSkipping(SkippingOps):
+class CpuSkipping(SkippingOps, ABC):
     """Selections are put off until it is known whether their masks or tables are wanted (`cpu_selection`)."""
 
     has_sketches = True
@@ -105,8 +106,9 @@ class CpuSkipping(SkippingOps):
     _kernels: dict[Kernel, None]
 
     @property
+    @abstractmethod
     def _now(self) -> Recording:
-        raise NotImplementedError
+        """The program that is being recorded."""
 
     def __init__(self) -> None:
         self._counted: list[_Counted] = []

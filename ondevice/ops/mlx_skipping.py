@@ -6,6 +6,7 @@ arguments (`metal_kernels`); MLX has no operation whose work depends on what is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class Ffn:
     valued: bool
 
 
-class MlxSkipping(SkippingOps):
+class MlxSkipping(SkippingOps, ABC):
     """Masks are bool [N or 1, units], head selections bool [N, units]."""
 
     device: MlxDevice
@@ -78,11 +79,13 @@ class MlxSkipping(SkippingOps):
         joined = self.pack_linear([w for w, _ in first], [bias for _, bias in first])
         return Ffn(joined, self.pack_linear([down], [down_bias]), gate is not None, valued)
 
+    @abstractmethod
     def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Joined:
-        raise NotImplementedError
+        """As in `Ops`: what FFNs are packed by here."""
 
+    @abstractmethod
     def activation(self, x: Any, kind: str, gated: bool) -> Any:
-        raise NotImplementedError
+        """As in `Ops`."""
 
     def sparse_ffn(self, x: Any, ffn: Ffn, selection: Selection | None, activation: str, residual: Any = None) -> Any:
         h = self.activation(ffn.up.product(x), activation, ffn.gated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,8 +58,9 @@ class CudaSkipping(TorchSkipping):
 
     dtype: torch.dtype
 
+    @abstractmethod
     def kernel_form(self, tensor: Tensor) -> Any:
-        raise NotImplementedError
+        """A tensor in a form that the kernels multiply with."""
 
     # Weights
 

@@ -5,6 +5,7 @@ The results are those of skipping, and no time is saved. What saves it is Triton
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class Ffn:
     valued: bool
 
 
-class TorchSkipping(SkippingOps):
+class TorchSkipping(SkippingOps, ABC):
     """Masks are bool [N or 1, units], head selections bool [N, units]."""
 
     place: TorchDevice
@@ -74,11 +75,13 @@ class TorchSkipping(SkippingOps):
         joined = self.pack_linear([w for w, _ in first], [bias for _, bias in first])
         return Ffn(joined, self.pack_linear([down], [down_bias]), gate is not None, valued)
 
+    @abstractmethod
     def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Joined:
-        raise NotImplementedError
+        """As in `Ops`: what FFNs are packed by here."""
 
+    @abstractmethod
     def activation(self, x: Any, kind: str, gated: bool) -> Any:
-        raise NotImplementedError
+        """As in `Ops`."""
 
     def sparse_ffn(self, x: Any, ffn: Any, selection: Selection | None, activation: str, residual: Any = None) -> Any:
         h = self.activation(ffn.up.product(x), activation, ffn.gated)
