@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ondevice.ops.base import Step
+from ondevice.ops.paged_step import flat_places, order_of, parts_of
 
 if TYPE_CHECKING:
     from ondevice.generation.kv_cache import KVCache
@@ -167,28 +167,15 @@ class MlxStep(Step):
         """Plans a step that is given in NumPy's arrays."""
         flat = _flat(cache, step.slots, step.positions)
         beside = len(flat) > 0 and bool((np.diff(flat) == 1).all())
-        segments = tuple(_segments(step))
-        order = None
-        if len(segments) > 1:
-            order = mx.array(np.argsort(np.concatenate([s.rows for s in segments if s.rows is not None])))
+        parts = list(parts_of(step))
+        segments, rows = tuple(Segment(*part) for part in parts), order_of(parts)
+        order = None if rows is None else mx.array(rows)
         lists = (Index(step.tokens), Index(step.positions), Index(step.slots), Index(step.outputs))
-        return cls(*lists, Index(flat), int(flat[0]) if beside else None, segments, order)
+        return cls(
+            *lists, Index(flat), int(flat[0]) if beside else None, segments, order if order is None else mx.array(order)
+        )
 
 
 def _flat(cache: KVCache, slots: NDArray[np.int32], positions: NDArray[Any]) -> NDArray[np.int32]:
-    """Places of positions where all pages lie one after the other. (A layer of 2**31 positions fits no machine.)"""
-    pages = cache.block_table[slots, positions // cache.page]
-    return (pages * cache.page + positions % cache.page).astype(np.int32)
-
-
-def _segments(step: Step) -> Iterator[Segment]:
-    """One segment for a decode step or a prompt; one for each sequence where a step is neither."""
-    slots = np.unique(step.slots)
-    if len(slots) == len(step.slots):
-        yield Segment(None, step.slots, step.positions[:, None])
-    elif len(slots) == 1:
-        yield Segment(None, slots, step.positions[None])
-    else:
-        for slot in slots:
-            rows = np.flatnonzero(step.slots == slot)
-            yield Segment(rows, np.array([slot], np.int32), step.positions[rows][None])
+    """`flat_places` as MLX indexes with. (A layer of 2**31 positions fits no machine.)"""
+    return flat_places(cache, slots, positions).astype(np.int32)

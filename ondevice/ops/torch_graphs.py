@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from ondevice.ops.base import Body, Step
+from ondevice.ops.paged_step import flat_places, is_single
 from ondevice.ops.torch_counts import Counts, Deed
 from ondevice.ops.torch_pages import Pages
-from ondevice.ops.torch_step import TorchStep, flat_places, is_single
+from ondevice.ops.torch_step import TorchStep
 
 if TYPE_CHECKING:
     from ondevice.generation.kv_cache import KVCache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ondevice.ops.base import Step
+from ondevice.ops.paged_step import flat_places, is_single, order_of, parts_of
 
 if TYPE_CHECKING:
     from ondevice.generation.kv_cache import KVCache
@@ -95,10 +95,8 @@ class TorchStep(Step):
         def put(array: NDArray[Any], kind: Any) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array, kind)).to(device)
 
-        segments = tuple(_segments(step, device))
-        order = None
-        if len(segments) > 1:
-            order = put(np.argsort(np.concatenate([s.rows for s in segments if s.rows is not None])), np.int64)
+        parts = list(parts_of(step))
+        order = order_of(parts)
         return cls(
             put(step.tokens, np.int64),
             put(step.positions, np.int64),
@@ -108,30 +106,6 @@ class TorchStep(Step):
             put(step.positions + 1, np.int32),
             put(cache.block_table[step.slots], np.int32),
             is_single(step),
-            segments,
-            order,
+            tuple(Segment(*part, device) for part in parts),
+            None if order is None else put(order, np.int64),
         )
-
-
-def is_single(step: Step) -> bool:
-    """Whether each token of a step, given in NumPy's arrays, is of another sequence."""
-    return len(np.unique(step.slots)) == len(step.slots)
-
-
-def flat_places(cache: KVCache, slots: NDArray[np.int32], positions: NDArray[Any]) -> NDArray[np.int64]:
-    """Places of positions where all pages lie one after the other."""
-    pages = cache.block_table[slots, positions // cache.page].astype(np.int64)
-    return pages * cache.page + positions % cache.page
-
-
-def _segments(step: Step, device: torch.device) -> Iterator[Segment]:
-    """One segment for a decode step or a prompt; one for each sequence where a step is neither."""
-    slots = np.unique(step.slots)
-    if is_single(step):
-        yield Segment(None, step.slots, step.positions[:, None], device)
-    elif len(slots) == 1:
-        yield Segment(None, slots, step.positions[None], device)
-    else:
-        for slot in slots:
-            rows = np.flatnonzero(step.slots == slot)
-            yield Segment(rows, np.array([slot], np.int32), step.positions[rows][None], device)
