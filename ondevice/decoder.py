@@ -60,9 +60,9 @@ class Decoder:
     sketch: Handle | None = None
     _seen: dict[tuple[str, int], Array] | None = None
 
-    def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """An empty cache for `slots` sequences of at most `capacity` tokens."""
-        return KVCache(self.ops, self.spec, slots, capacity)
+    def new_cache(self, slots: int, capacity: int, together: int = PREFILL_CHUNK) -> KVCache:
+        """An empty cache for `slots` sequences of at most `capacity` tokens, `together` of one in a step."""
+        return KVCache(self.ops, self.spec, slots, capacity, together)
 
     def prefill(
         self, tokens: Sequence[int], cache: KVCache, slot: int = 0, all_logits: bool = False, top: int = 0
@@ -112,7 +112,7 @@ class Decoder:
 
     def states(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """What the head reads of each token of a new sequence: float32 [N, d]."""
-        cache = self.new_cache(1, len(tokens))
+        cache = self.new_cache(1, len(tokens), len(tokens))
         cache.reserve(0, len(tokens))
         index = np.arange(len(tokens), dtype=np.int32)
         step = Step(np.asarray(tokens, np.int32), index, np.zeros_like(index), index)
@@ -128,15 +128,17 @@ class Decoder:
             places: any of "attention" (its normed input), "heads" (its output, before the projection) and "ffn" (its
                 normed input).
             layers: their numbers, ascending.
-            cache: of one slot, for this alone; with one and the same, calls are prepared once.
+            cache: of one slot, for this alone and for so many tokens together; with one and the same, calls are
+                prepared once.
 
         Returns:
             For each of the places float32 [N, layers, width].
         """
-        cache = cache or self.new_cache(1, len(tokens))
+        cache = cache or self.new_cache(1, len(tokens), len(tokens))
         cache.truncate(0, 0)
         cache.reserve(0, len(tokens))
         index = np.arange(len(tokens), dtype=np.int32)
+        cache.touch(np.zeros_like(index), index)
         seen: dict[tuple[str, int], Array] = {}
 
         def body(step: Step) -> Array:
@@ -163,6 +165,7 @@ class Decoder:
         """
         if not self.spec.vocab_size > int(step.tokens.max()) >= 0 <= int(step.tokens.min()):
             raise ValueError(f"token ids must lie in 0..{self.spec.vocab_size - 1}")
+        cache.touch(step.slots, step.positions)
         top = 0 if self.sketch is None else top
         name = f"{'decode' if batch else 'logits'} {top}"
         logits = self.ops.run(step, cache, lambda s: self._forward(s, cache, batch, top), name)

@@ -53,6 +53,9 @@ Body = Callable[[Step], Array]
 class Ops(SkippingOps, ABC):
     """Operations of one platform."""
 
+    rotates: bool = False
+    """Whether layers may differ in their pages, so that those whose tokens see a window need not keep the rest."""
+
     # Weights
 
     @abstractmethod
@@ -111,8 +114,11 @@ class Ops(SkippingOps, ABC):
     # Cache
 
     @abstractmethod
-    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Any:
-        """Storage for keys and values: `pages` pages of `page` positions for every layer and KV head."""
+    def new_pages(self, spec: ModelSpec, pages: Sequence[int], page: int) -> Any:
+        """Storage for keys and values: for every KV head `pages` of each layer, a page being of `page` positions.
+
+        All layers have the same number unless the table `rotates`.
+        """
 
     # One step
 

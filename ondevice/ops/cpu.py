@@ -147,10 +147,10 @@ class CpuOps(CpuSkipping, Ops):
 
     # Cache and steps
 
-    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Pages | PartedPages:
+    def new_pages(self, spec: ModelSpec, pages: Sequence[int], page: int) -> Pages | PartedPages:
         if spec.rope_parts > 1:
-            return PartedPages.new(spec, pages, page, spec.head_dim // spec.rope_parts)
-        return Pages.new(spec, pages, page)
+            return PartedPages.new(spec, max(pages), page, spec.head_dim // spec.rope_parts)
+        return Pages.new(spec, max(pages), page)
 
     def run(self, step: Step, cache: KVCache, body: Body, name: str = "logits") -> NDArray[np.float32]:
         with self._one_step:

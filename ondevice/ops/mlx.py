@@ -72,6 +72,7 @@ class MlxOps(MlxSkipping, Ops):
     """
 
     name = "mlx"
+    rotates = True
 
     def __init__(self, kv_bits: int = 0) -> None:
         super().__init__()
@@ -126,11 +127,10 @@ class MlxOps(MlxSkipping, Ops):
 
     # Cache
 
-    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Pages:
-        self.memory.admit_cache(spec, pages * page, self.kv_bits)
-        shape = (spec.n_kv_heads, pages, page, spec.head_dim)
+    def new_pages(self, spec: ModelSpec, pages: Sequence[int], page: int) -> Pages:
+        self.memory.admit_cache(spec, max(pages) * page, sum(pages) * page, self.kv_bits)
         with mx.stream(self.device.stream):
-            made = Pages.empty(spec.n_layers, shape, self.device.dtype, self.kv_bits)
+            made = Pages.empty(spec.n_kv_heads, pages, page, spec.head_dim, self.device.dtype, self.kv_bits)
             mx.eval(made.arrays())
         return made
 
@@ -151,7 +151,7 @@ class MlxOps(MlxSkipping, Ops):
     def run(self, step: Step, cache: KVCache, body: Body, name: str = "logits") -> NDArray[np.float32]:
         with mx.stream(self.device.stream):
             try:
-                result = body(MlxStep.of(step, cache))
+                result = body(MlxStep.of(step))
                 if not len(result):
                     self._queue([*cache.pages.arrays(), *self.counted.end_step()])
                     return np.zeros(result.shape, np.float32)
@@ -216,7 +216,7 @@ class MlxOps(MlxSkipping, Ops):
 
     def append(self, cache: KVCache, layer: int, k: Any, v: Any, step: Step) -> None:
         assert isinstance(step, MlxStep)
-        cache.pages.append(layer, k, v, step)
+        cache.pages.append(layer, k, v, step.places(cache, layer))
 
     def attention(
         self,
@@ -232,7 +232,7 @@ class MlxOps(MlxSkipping, Ops):
         assert isinstance(step, MlxStep)
 
         def attend(queries: Any, segment: Segment) -> Any:
-            seen = segment.visible(cache, window)
+            seen = segment.visible(cache, layer, window)
             keys, values = cache.pages.read(layer, seen)
             return full_attention(queries, keys, values, seen, scale, softcap)
 

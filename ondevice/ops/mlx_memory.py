@@ -68,18 +68,19 @@ class MemoryGuard:
         need = sum(device_bytes(kind, shapes[name], self.itemsize) for name, kind in stored.items())
         self._admit(need, "the model's weights", "convert it to fewer bits (`ondevice convert --bits 4`)")
 
-    def admit_cache(self, spec: ModelSpec, positions: int, kv_bits: int) -> None:
+    def admit_cache(self, spec: ModelSpec, positions: int, stored: int, kv_bits: int) -> None:
         """Refuses a cache that would not fit, with what a chunk of a prompt needs beside it.
 
         Args:
             positions: of all sequences together.
+            stored: of them, summed over the layers, of which those that rotate keep fewer.
             kv_bits: of keys and values; 0 for floats.
 
         Raises:
             OptionError: naming what to change.
         """
         each = kv_bytes(spec.head_dim, self.itemsize, kv_bits)
-        need = 2 * spec.n_layers * positions * spec.n_kv_heads * each + working_bytes(spec)
+        need = 2 * stored * spec.n_kv_heads * each + working_bytes(spec)
         way = "lower --context or --max-tokens (`bench`: -d, -n and -b), give fewer prompts"
         fewer = [bits for bits in KV_BITS if not kv_bits or bits < kv_bits]
         if fewer:

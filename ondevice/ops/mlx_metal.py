@@ -201,7 +201,7 @@ class MetalOps(MlxOps):
     ) -> Any:
         assert isinstance(step, MlxStep)
         segment = step.segments[0]
-        beside = heads is None and not softcap and segment.visible(cache, window).start is not None
+        beside = heads is None and not softcap and segment.visible(cache, layer, window).start is not None
         if not step.decoding or cache.pages.bits or beside:
             # Prompts; quantized pages, which kernels do not read; and one sequence whose pages lie side by side, which
             # MLX's own kernel reads where they are.
@@ -220,7 +220,7 @@ class MetalOps(MlxOps):
     def _view(self, cache: KVCache, layer: int, step: MlxStep) -> KvView:
         """What a step of decoding may see: pages where they lie, none beyond the longest sequence."""
         keys, values = (store.transpose(1, 2, 0, 3) for store in cache.pages.layer(layer))
-        return KvView(keys, values, *step.segments[0].paged(cache))
+        return KvView(keys, values, *step.segments[0].paged(cache, layer))
 
     def _count_heads(self, heads: HeadSelection, view: KvView, step: MlxStep, window: int) -> None:
         """Notes heads that run, and keys and values of KV heads that no head of a token reads."""

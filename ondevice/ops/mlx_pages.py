@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 from ondevice.ops.mlx_bytes import kv_group
 
 if TYPE_CHECKING:
-    from ondevice.ops.mlx_step import MlxStep, Visible
+    from ondevice.ops.mlx_step import Places, Visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +19,8 @@ class Pages:
     """Storage of a cache.
 
     Args:
-        keys, values: of each layer [kv heads, pages, page, head dim]; of quantized ones the codes, scales and biases,
-            whose last axes are shorter.
+        keys, values: of each layer [kv heads, its pages, page, head dim]; of quantized ones the codes, scales and
+            biases, whose last axes are shorter.
         dtype: of keys and values, or of their scales.
         bits, group: of quantized ones; else 0.
     """
@@ -31,23 +32,23 @@ class Pages:
     group: int = 0
 
     @classmethod
-    def empty(cls, layers: int, shape: tuple[int, int, int, int], dtype: Any, bits: int = 0) -> Pages:
+    def empty(cls, kv_heads: int, pages: Sequence[int], page: int, head_dim: int, dtype: Any, bits: int = 0) -> Pages:
         """Zeros: what was never written must not be NaN, since a mask multiplies it by 0.
 
         Args:
-            shape: kv heads, pages, page, head dim.
+            pages: of each layer.
             bits: of quantized ones; 0 for floats.
 
         Raises:
             OptionError: heads that make no whole groups.
         """
-        group = kv_group(shape[3], bits) if bits else 0
-        columns = [(shape[3], dtype)]
+        group = kv_group(head_dim, bits) if bits else 0
+        columns = [(head_dim, dtype)]
         if bits:
-            columns = [(shape[3] * bits // 32, mx.uint32), *[(shape[3] // group, dtype)] * 2]
+            columns = [(head_dim * bits // 32, mx.uint32), *[(head_dim // group, dtype)] * 2]
 
         def stores() -> list[list[Any]]:
-            return [[mx.zeros((*shape[:3], width), kind) for width, kind in columns] for _ in range(layers)]
+            return [[mx.zeros((kv_heads, own, page, width), kind) for width, kind in columns] for own in pages]
 
         return cls(stores(), stores(), dtype, bits, group)
 
@@ -59,14 +60,14 @@ class Pages:
         """Keys and values of a layer, whole, of floats."""
         return self.keys[layer][0], self.values[layer][0]
 
-    def append(self, layer: int, k: Any, v: Any, step: MlxStep) -> None:
-        """Writes keys and values [N, kv heads * head dim] to the places of a step."""
+    def append(self, layer: int, k: Any, v: Any, places: Places) -> None:
+        """Writes keys and values [N, kv heads * head dim] to the places of a step's tokens."""
         for stores, new in ((self.keys, k), (self.values, v)):
             parts = stores[layer]
             rows = new.reshape(len(new), parts[0].shape[0], -1).swapaxes(0, 1).astype(self.dtype)
             written = mx.quantize(rows, self.group, self.bits) if self.bits else (rows,)
             for i, part in enumerate(written):
-                _write(parts, i, part, step)
+                _write(parts, i, part, places)
 
     def read(self, layer: int, seen: Visible) -> tuple[Any, Any]:
         """Keys and values [S, kv heads, L, head dim] that a segment sees: without a copy where they lie together."""
@@ -79,17 +80,17 @@ class Pages:
         return mx.dequantize(codes, scales, biases, self.group, self.bits)
 
 
-def _write(parts: list[Any], i: int, rows: Any, step: MlxStep) -> None:
+def _write(parts: list[Any], i: int, rows: Any, places: Places) -> None:
     """Puts rows [kv heads, N, width] into a store.
 
     MLX writes in place if nobody else holds the array when the step is evaluated, so no other reference may be kept.
     """
     shape = parts[i].shape
     flat = parts[i].reshape(shape[0], -1, shape[3])
-    if step.start is None:
-        flat[:, step.flat.device] = rows
+    if places.start is None:
+        flat[:, places.index.device] = rows
     else:
-        flat[:, step.start : step.start + len(step.flat)] = rows
+        flat[:, places.start : places.start + len(places.index)] = rows
     parts[i] = flat.reshape(shape)
 
 

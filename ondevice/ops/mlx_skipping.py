@@ -175,7 +175,7 @@ class MlxSkipping(SkippingOps, ABC):
 
         def attend(queries: Any, segment: Segment) -> Any:
             nonlocal units
-            seen = segment.visible(cache, window)
+            seen = segment.visible(cache, layer, window)
             keys, values = cache.pages.read(layer, seen)
             out, chosen = chosen_keys_attention(queries, keys, values, seen, scale, r, k)
             kept.append(chosen.sum())

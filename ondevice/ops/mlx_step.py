@@ -46,7 +46,8 @@ class Visible:
     """Keys that the tokens of a segment see, of the oldest that any of them sees to the newest.
 
     Args:
-        cache: that they lie in.
+        table: int32 [slots, pages], where they lie.
+        page: positions of a page.
         slots: int32 [S].
         at: int64 [S, n], positions of the tokens.
         window: keys that a token sees, counting its own; 0 for all.
@@ -59,12 +60,14 @@ class Visible:
     """
 
     __slots__ = (
-        *("_at", "_cache", "_first", "_flat", "_last", "_mask", "_slots", "_window"),
+        *("_at", "_first", "_flat", "_last", "_mask", "_page", "_slots", "_table", "_window"),
         *("causal", "counts", "keys", "start"),
     )
 
-    def __init__(self, cache: KVCache, slots: NDArray[np.int32], at: NDArray[np.int64], window: int) -> None:
-        self._cache, self._slots, self._at, self._window = cache, slots, at, window
+    def __init__(
+        self, table: NDArray[np.int32], page: int, slots: NDArray[np.int32], at: NDArray[np.int64], window: int
+    ) -> None:
+        self._table, self._page, self._slots, self._at, self._window = table, page, slots, at, window
         self._last = at.max(axis=1)
         self._first = np.maximum(at.min(axis=1) + 1 - window, 0) if window else np.zeros_like(self._last)
         self.keys = int((self._last - self._first).max()) + 1
@@ -96,7 +99,7 @@ class Visible:
         if self._flat is None:
             # What is beyond a sequence's newest key is never another's: 0 times another's NaN would be NaN.
             inside = np.minimum(self._positions(), self._last[:, None])
-            self._flat = mx.array(_flat(self._cache, self._slots[:, None], inside))
+            self._flat = mx.array(_flat(self._table, self._slots[:, None], inside, self._page))
         return self._flat
 
     def _positions(self) -> NDArray[np.int64]:
@@ -105,8 +108,8 @@ class Visible:
     def _side_by_side(self) -> int | None:
         if len(self._slots) > 1:
             return None
-        page, first = self._cache.page, int(self._first[0])
-        pages = self._cache.block_table[self._slots[0], first // page : int(self._last[0]) // page + 1]
+        page, first = self._page, int(self._first[0])
+        pages = self._table[self._slots[0], first // page : int(self._last[0]) // page + 1]
         return None if (np.diff(pages) != 1).any() else int(pages[0]) * page + first % page
 
 
@@ -123,22 +126,41 @@ class Segment:
     rows: NDArray[np.int64] | None
     slots: NDArray[np.int32]
     positions: NDArray[np.int32]
-    _visible: dict[int, Visible] = field(default_factory=dict)
-    _paged: Any = None
+    _visible: dict[tuple[int, int], Visible] = field(default_factory=dict)
+    _paged: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
-    def paged(self, cache: KVCache) -> tuple[Any, Any]:
-        """Keys that the last token of each sequence sees, int32 [S], and the pages that they fill, int32 [S, pages]."""
-        if self._paged is None:
+    def paged(self, cache: KVCache, layer: int) -> tuple[Any, Any]:
+        """Keys of the last token of each sequence and before, int32 [S], and where their pages lie, int32 [S, pages].
+
+        In a ring only the last of them are still there.
+        """
+        ring = cache.rings[layer]
+        if ring not in self._paged:
             lengths = self.positions.max(axis=1).astype(np.int32) + 1
             pages = -(-int(lengths.max()) // cache.page)
-            self._paged = mx.array(lengths), mx.array(cache.block_table[self.slots, :pages])
-        return self._paged
+            self._paged[ring] = mx.array(lengths), mx.array(cache.table(layer)[self.slots, :pages])
+        return self._paged[ring]
 
-    def visible(self, cache: KVCache, window: int) -> Visible:
+    def visible(self, cache: KVCache, layer: int, window: int) -> Visible:
         """What the tokens see of their sequences. window: keys, counting the token's own; 0 for all."""
-        if window not in self._visible:
-            self._visible[window] = Visible(cache, self.slots, self.positions.astype(np.int64), window)
-        return self._visible[window]
+        key = (window, cache.rings[layer])
+        if key not in self._visible:
+            at = self.positions.astype(np.int64)
+            self._visible[key] = Visible(cache.table(layer), cache.page, self.slots, at, window)
+        return self._visible[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the tokens of a step lie in a layer's flat pages.
+
+    Args:
+        index: int32 [N].
+        start: the first of them if they lie side by side, else None.
+    """
+
+    index: Index
+    start: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,16 +168,13 @@ class MlxStep(Step):
     """A step whose index lists are of class Index.
 
     Args:
-        flat: int32 [N], places of the tokens in the flat pages.
-        start: the first of them if they lie side by side, else None.
         segments: that together hold all tokens.
         order: which row of the segments' joined results is which token; None where they are in order.
     """
 
-    flat: Index
-    start: int | None
     segments: tuple[Segment, ...]
     order: Any
+    _places: dict[int, Places] = field(default_factory=dict)
 
     @property
     def decoding(self) -> bool:
@@ -163,19 +182,23 @@ class MlxStep(Step):
         return len(self.segments) == 1 and self.segments[0].positions.shape[1] == 1
 
     @classmethod
-    def of(cls, step: Step, cache: KVCache) -> MlxStep:
+    def of(cls, step: Step) -> MlxStep:
         """Plans a step that is given in NumPy's arrays."""
-        flat = _flat(cache, step.slots, step.positions)
-        beside = len(flat) > 0 and bool((np.diff(flat) == 1).all())
         parts = list(parts_of(step))
         segments, rows = tuple(Segment(*part) for part in parts), order_of(parts)
-        order = None if rows is None else mx.array(rows)
         lists = (Index(step.tokens), Index(step.positions), Index(step.slots), Index(step.outputs))
-        return cls(
-            *lists, Index(flat), int(flat[0]) if beside else None, segments, order if order is None else mx.array(order)
-        )
+        return cls(*lists, segments, None if rows is None else mx.array(rows))
+
+    def places(self, cache: KVCache, layer: int) -> Places:
+        """Where a layer's keys and values of the tokens go."""
+        ring = cache.rings[layer]
+        if ring not in self._places:
+            flat = _flat(cache.table(layer), self.slots.host, self.positions.host, cache.page)
+            beside = len(flat) > 0 and bool((np.diff(flat) == 1).all())
+            self._places[ring] = Places(Index(flat), int(flat[0]) if beside else None)
+        return self._places[ring]
 
 
-def _flat(cache: KVCache, slots: NDArray[np.int32], positions: NDArray[Any]) -> NDArray[np.int32]:
+def _flat(table: NDArray[np.int32], slots: NDArray[np.int32], positions: NDArray[Any], page: int) -> NDArray[np.int32]:
     """`flat_places` as MLX indexes with. (A layer of 2**31 positions fits no machine.)"""
-    return flat_places(cache, slots, positions).astype(np.int32)
+    return flat_places(table, slots, positions, page).astype(np.int32)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ondevice.ops.base import Step
-
-if TYPE_CHECKING:
-    from ondevice.generation.kv_cache import KVCache
 
 Part = tuple[NDArray[np.int64] | None, NDArray[np.int32], NDArray[np.int32]]
 """Tokens that are attended to together: their rows of the step, None for all in order; slots [S]; positions [S, n]."""
@@ -40,7 +37,8 @@ def order_of(parts: list[Part]) -> NDArray[np.int64] | None:
     return np.argsort(np.concatenate([rows for rows, _, _ in parts if rows is not None])) if len(parts) > 1 else None
 
 
-def flat_places(cache: KVCache, slots: NDArray[np.int32], positions: NDArray[Any]) -> NDArray[np.int64]:
-    """Places of positions where all pages lie one after the other."""
-    pages = cache.block_table[slots, positions // cache.page].astype(np.int64)
-    return pages * cache.page + positions % cache.page
+def flat_places(
+    table: NDArray[np.int32], slots: NDArray[np.int32], positions: NDArray[Any], page: int
+) -> NDArray[np.int64]:
+    """Places of positions where all pages lie one after the other. table: of a KVCache's layer."""
+    return table[slots, positions // page].astype(np.int64) * page + positions % page

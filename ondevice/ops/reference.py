@@ -63,8 +63,8 @@ class ReferenceOps(ReferenceSkipping):
     def pack_rope(self, inverse_frequencies: F64, attention_factor: float, context: int) -> Any:
         return inverse_frequencies, attention_factor
 
-    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Any:
-        shape = (spec.n_layers, pages, page, spec.n_kv_heads, spec.head_dim)
+    def new_pages(self, spec: ModelSpec, pages: Sequence[int], page: int) -> Any:
+        shape = (spec.n_layers, max(pages), page, spec.n_kv_heads, spec.head_dim)
         return np.zeros(shape, self.dtype), np.zeros(shape, self.dtype)
 
     def prepare(self, spec: ModelSpec, progress: Callable[[int, int, str], None] | None = None) -> None:
@@ -77,7 +77,7 @@ class ReferenceOps(ReferenceSkipping):
         return table[rows + offset] * scale
 
     def norm(self, x: Any, weight: _Norm, heads: int = 1) -> Any:
-        y = x.reshape(len(x), heads, -1)
+        y = x.reshape(len(x), heads, x.shape[1] // heads)
         if weight.kind == "layer":
             y = y - y.mean(axis=-1, keepdims=True)
         y = y / np.sqrt((y * y).mean(axis=-1, keepdims=True) + weight.eps) * weight.weight

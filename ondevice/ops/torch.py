@@ -111,14 +111,14 @@ class TorchOps(TorchSkipping, Ops):
 
     # Cache
 
-    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Pages:
-        shape = (pages, page, spec.n_kv_heads, spec.head_dim)
+    def new_pages(self, spec: ModelSpec, pages: Sequence[int], page: int) -> Pages:
+        shape = (max(pages), page, spec.n_kv_heads, spec.head_dim)
         try:
             return Pages.empty(spec.n_layers, shape, self.dtype, self.place.device)
         except torch.OutOfMemoryError as e:
             size = 2 * spec.n_layers * int(np.prod(shape)) * self.dtype.itemsize
             raise BackendError(
-                f"a cache of {pages * page} tokens takes {size / 1e9:.2f} GB, which the {self.where} does not have "
+                f"a cache of {shape[0] * page} tokens takes {size / 1e9:.2f} GB, which the {self.where} does not have "
                 "left: ask for a smaller context, or for fewer sequences at once"
             ) from e
 

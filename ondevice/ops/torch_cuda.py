@@ -8,7 +8,7 @@ length with their counts on the device, so nothing in it waits for the host.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +153,7 @@ class CudaOps(CudaSkipping, TorchOps):
 
     _head_dim: int
 
-    def new_pages(self, spec: ModelSpec, pages: int, page: int) -> Pages:
+    def new_pages(self, spec: ModelSpec, pages: Sequence[int], page: int) -> Pages:
         self._head_dim = spec.head_dim
         return super().new_pages(spec, pages, page)
 

@@ -135,7 +135,7 @@ class Graphs:
 def _fill(staging: torch.Tensor, step: Step, cache: KVCache) -> None:
     rows = staging.numpy()
     rows[:, 0], rows[:, 1] = step.tokens, step.positions
-    rows[:, 2] = flat_places(cache, step.slots, step.positions)
+    rows[:, 2] = flat_places(cache.block_table, step.slots, step.positions, cache.page)
     rows[:, 3:] = cache.block_table[step.slots]
 
 

@@ -64,7 +64,7 @@ class Segment:
             seen &= key[:, None, :] > at[:, :, None] - window
         counts = np.minimum(at + 1, window) if window else at + 1
         # Beyond a sequence's newest key stands that key again, never another's: 0 times another's NaN would be NaN.
-        flat = flat_places(cache, self.slots[:, None], np.minimum(key, last[:, None]))
+        flat = flat_places(cache.block_table, self.slots[:, None], np.minimum(key, last[:, None]), cache.page)
         return Visible(torch.from_numpy(flat).to(self.device), torch.from_numpy(seen).to(self.device), counts)
 
 
@@ -102,7 +102,7 @@ class TorchStep(Step):
             put(step.positions, np.int64),
             put(step.slots, np.int64),
             put(step.outputs, np.int64),
-            put(flat_places(cache, step.slots, step.positions), np.int64),
+            put(flat_places(cache.block_table, step.slots, step.positions, cache.page), np.int64),
             put(step.positions + 1, np.int32),
             put(cache.block_table[step.slots], np.int32),
             is_single(step),

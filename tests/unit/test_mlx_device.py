@@ -201,7 +201,7 @@ def test_a_model_on_a_machine_that_says_nothing_of_its_memory(mx: Any, monkeypat
     monkeypatch.setattr("ondevice.machine.memory_bytes", lambda: (0, None))
     table = MlxOps()
     assert table.memory.limit is None
-    assert table.new_pages(tiny_spec(), 2, 64).layer(0)[0].shape == (2, 2, 64, 16)
+    assert table.new_pages(tiny_spec(), [2, 2, 2], 64).layer(0)[0].shape == (2, 2, 64, 16)
 
 
 def test_answers_from_a_worker_thread(mx: Any, tiny_path: Any) -> None:

@@ -127,7 +127,7 @@ class _Run:
         self.tokens = random.integers(0, decoder.spec.vocab_size, (case.batch, case.positions)).tolist()
         if case.depth:
             for slot, tokens in enumerate(self.tokens):
-                if slot and alike:
+                if slot and alike and not any(self.cache.rings):
                     self._copy(slot)
                 else:
                     self._read(tokens[: case.depth], slot)
@@ -160,8 +160,9 @@ class _Run:
     def once(self, between: Callable[[], object] | None = None) -> float:
         """Seconds of one repetition."""
         case = self.case
-        for slot in range(case.batch):
-            self.cache.truncate(slot, case.depth)
+        for slot, tokens in enumerate(self.tokens):
+            if self.cache.truncate(slot, case.depth) < case.depth:
+                self._read(tokens[: case.depth], slot)
         if case.kind == "pp":
             steps = [partial(self._read, tokens[case.depth :], slot) for slot, tokens in enumerate(self.tokens)]
         else:

@@ -56,7 +56,7 @@ def bytes_per_token(decoder: Decoder, cache: KVCache, case: Case) -> float:
         cache: that the test runs in; says how the table keeps keys and values.
     """
     layers, head = held_bytes(decoder.layers), held_bytes(decoder.final_norm, decoder.head)
-    kv = held_bytes(cache.pages) / (cache.block_table.size * cache.page * decoder.spec.n_layers)
+    kv = held_bytes(cache.pages) / cache.positions
     if case.kind == "tg":
         seen = sum(_seen(decoder, end, 1) for end in range(case.depth + 1, case.positions + 1))
         return (layers + head) / case.batch + _row_bytes(decoder) + kv * seen / case.tokens

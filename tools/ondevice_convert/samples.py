@@ -58,7 +58,7 @@ def gather(
     step = max(1, -(-len(tokens) // most))
     kept: dict[str, list[NDArray[np.float16]]] = {place: [] for place in places}
     together = min(WINDOW, spec.context_length)
-    cache = decoder.new_cache(1, together)
+    cache = decoder.new_cache(1, together, together)
     for start in range(0, len(tokens), together):
         window = tokens[start : start + together]
         mine = range(-start % step, len(window), step)
