@@ -49,27 +49,18 @@ MLX_GPU = "ready on the {}; never yet tried by its authors, who have no Mac"
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="What --report measures.")
 @click.option("--parity", is_flag=True, help="Run every kernel here against float64, which takes minutes.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the inputs of --parity.")
-@click.option(
-    "--write",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="With --parity: put its table between the marks of this file.",
-)
 @json_option
-def doctor(
-    warm: bool, file: Path | None, model: str, parity: bool, seed: int, write: Path | None, as_json: bool
-) -> None:
+def doctor(warm: bool, file: Path | None, model: str, parity: bool, seed: int, as_json: bool) -> None:
     """Say what this machine offers and what will be used; takes a second to measure its memory.
 
     --report makes one JSON file to send to the authors, who lack machines such as Macs: the machine, versions, how far
-    each backend is from the reference, and tokens per second. It holds paths of this machine's caches, and no other
-    text of yours.
+    each kernel is from float64 and each backend from the reference, and tokens per second. It holds paths of this
+    machine's caches, and no other text of yours.
     """
-    if write is not None and not parity:
-        raise click.UsageError("--write is of --parity; give both")
     if parity and file is not None:
         raise click.UsageError("--parity and --report are two things; give one")
     if parity:
-        _parity(seed, write, as_json)
+        _parity(seed, as_json)
         return
     if warm:
         _warm()
@@ -91,21 +82,17 @@ def _report(file: Path, report: dict[str, Any], model: str) -> None:
     found = {**report, **health(ready, model, lambda text: click.echo(f"{text} ...", err=True))}
     file.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
     failed = sum("error" in row for part in ("agreement", "bench") for row in found[part])
+    failed += not found["kernels"].get("passed", False)
     click.echo(f"wrote {file}" + (f"; {failed} parts failed, as told there" if failed else ""), err=True)
 
 
-def _parity(seed: int, write: Path | None, as_json: bool) -> None:
+def _parity(seed: int, as_json: bool) -> None:
     """Prints the table, or JSON; exits with 1 where a kernel is wrong."""
-    from ondevice_parity import parity, readme
+    from ondevice_parity import parity
 
     with reporting() as progress:
         report = parity.run(seed=seed, progress=progress)
     click.echo(json.dumps(report.document(), indent=1) if as_json else "\n".join(parity.lines(report)))
-    if write is not None:
-        try:
-            readme.rewrite(write, report)
-        except ValueError as e:
-            raise click.UsageError(str(e)) from e
     if not report.passed:
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""Every Metal kernel, emulated or on a Mac's GPU, and its twin in MLX operations, against float64."""
+"""What holds for Metal's kernels beyond the case table (test_parity), emulated or on a Mac's GPU."""
 
 from __future__ import annotations
 
@@ -18,31 +18,12 @@ from metal_kernels.selective_attention import selective_attention, selective_att
 from metal_kernels.sparse_ffn_rows import sparse_ffn_rows
 from metal_kernels.topk_attention import topk_attention
 from ondevice.checkpoint.quantization import dequantize, quantize
-from ondevice_parity.cases import CASES, run_case
 from ondevice_parity.cases_attention import AttentionCase
 from ondevice_parity.cases_ffn import FfnCase
 from ondevice_parity.check import numbers, row_list
 from ondevice_parity.metal_home import MetalHome
 from tests.kernels.metal_home import HOME
 from tests.kernels.metal_home import home as home
-
-ELSEWHERE = ("quantized_linear", "sparse_inputs")
-"""Kernels that Metal has not: MLX multiplies quantized weights itself, and inputs are masked."""
-ALL = [(kernel, name) for kernel, cases in CASES.items() if kernel not in ELSEWHERE for name in cases]
-
-
-@pytest.mark.parametrize(("kernel", "name"), ALL)
-def test_against_float64(kernel: str, name: str, home: MetalHome, metal: Any) -> None:
-    """In every order in which threads may run, and each time with other numbers."""
-    for seed, schedule in enumerate(metal.schedules()):
-        outcome = run_case(home, kernel, name, seed)
-        assert outcome.passed, (schedule, outcome)
-
-
-@pytest.mark.parametrize(("kernel", "name"), ALL)
-def test_twins(kernel: str, name: str) -> None:
-    outcome = run_case(HOME, kernel, name, seed=7, twin=True)
-    assert outcome.passed, outcome
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 70])

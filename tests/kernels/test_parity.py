@@ -1,13 +1,15 @@
 """One case table, all homes: each case of each kernel against float64, or the reason why a home does not run it.
 
-A home that needs a GPU runs here in what stands in for one: Triton's interpreter, or an emulator.
+A home that needs a GPU runs here in what stands in for one: Triton's interpreter, or the emulator of tests/msl, which
+runs the threads of a kernel in several orders.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,18 @@ import pytest
 from click.testing import CliRunner
 
 from ondevice.cli import cli
-from ondevice_parity import homes, parity, readme
+from ondevice_parity import homes, parity
 from ondevice_parity.cases import ALL, CASES, run_case
 from ondevice_parity.cases_ffn import FfnCase
 from ondevice_parity.check import Home, Unsupported
 from ondevice_parity.ops_home import Lists
 from ondevice_parity.parity import Cell, Report
+from tests.kernels import parity_table
 from tests.kernels.triton_home import needs_triton
 
 README = Path(__file__).parents[2] / "README.md"
+MLX_KERNELS = [kernel for kernel in CASES if kernel not in ("quantized_linear", "sparse_inputs")]
+"""Of Metal and its twins: MLX multiplies quantized weights itself, and inputs are masked."""
 REASONS = (
     "steps of an op table have a token at least",
     "groups of heads are chosen for attention alone, and cannot be read",
@@ -48,14 +53,19 @@ def _triton(twin: bool) -> Callable[[], Home]:
 OPENERS: dict[str, Callable[[], Home]] = {
     "reference": homes.HOMES["reference"].open,
     "cpu": homes.HOMES["cpu"].open,
+    "metal": homes.HOMES["metal"].open,
+    "mlx": homes.HOMES["mlx"].open,
     "triton": _triton(twin=False),
     "torch": _triton(twin=True),
 }
 """How tests open homes. Another one drops in here, and in `ondevice_parity.homes.HOMES`."""
+needs_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx") is None, reason="MLX is not installed (extra `mlx-cpu`)")
+MARKS: dict[str, Any] = {"metal": needs_mlx, "mlx": needs_mlx, "triton": needs_triton, "torch": needs_triton}
 PARAMETERS = [
-    pytest.param(home, kernel, name, marks=needs_triton if home in ("triton", "torch") else ())
+    pytest.param(home, kernel, name, marks=MARKS.get(home, ()))
     for home in OPENERS
     for kernel, name in ALL
+    if home not in ("metal", "mlx") or kernel in MLX_KERNELS
 ]
 _opened: dict[str, Home] = {}
 
@@ -66,15 +76,30 @@ def opened(name: str) -> Home:
     return _opened[name]
 
 
+@pytest.fixture
+def orders(request: pytest.FixtureRequest, home: str) -> Iterator[Iterable[object]]:
+    """Orders of threads in which a home runs its kernels: one, but for the emulator."""
+    if home != "metal":
+        yield ["its own"]
+        return
+    from tests.kernels.metal_home import running
+
+    metal = request.getfixturevalue("metal")
+    with running():
+        yield metal.schedules()
+
+
 @pytest.mark.parametrize(("home", "kernel", "name"), PARAMETERS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_against_float64(home: str, kernel: str, name: str) -> None:
-    try:
-        outcome = run_case(opened(home), kernel, name, seed=zlib.crc32(name.encode()))
-    except Unsupported as e:
-        assert str(e).startswith(REASONS), e
-        pytest.skip(str(e))
-    assert outcome.passed, outcome
+def test_against_float64(home: str, kernel: str, name: str, orders: Iterable[object]) -> None:
+    """Each order with other numbers."""
+    for i, order in enumerate(orders):
+        try:
+            outcome = run_case(opened(home), kernel, name, seed=zlib.crc32(name.encode()) + i)
+        except Unsupported as e:
+            assert str(e).startswith(REASONS), e
+            pytest.skip(str(e))
+        assert outcome.passed, (order, outcome)
 
 
 def reversed_lists(lists: Lists) -> Lists:
@@ -127,10 +152,12 @@ def test_a_case_that_raises_has_failed() -> None:
 def small_report() -> Report:
     cells = {kernel: Cell(cases=3, error=2e-7) for kernel in CASES}
     cells["select_topk"].not_run = {"why": 2}
-    return Report({"reference": cells}, {"cpu": "no CPU", "metal": "no Mac", "triton": "t", "torch": "u"}, 5)
+    return Report(
+        {"reference": cells}, {"cpu": "no CPU", "metal": "no Mac", "mlx": "m", "triton": "t", "torch": "u"}, 5
+    )
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     def fake(seed: int, progress: Any) -> Report:
@@ -144,14 +171,6 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "- metal: no Mac" in shown.output and "- reference: 2 cases, why" in shown.output
     document = json.loads(CliRunner().invoke(cli, ["doctor", "--parity", "--json"]).stdout)
     assert document["passed"] and document["homes"]["reference"]["select_topk"]["error"] == 2e-7
-    path = tmp_path / "R.md"
-    path.write_text(f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n")
-    assert CliRunner().invoke(cli, ["doctor", "--parity", "--write", str(path)]).exit_code == 0
-    assert path.read_text() == f"a\n{readme.block(small_report())}\nb\n"
-    path.write_text("no marks")
-    refused = CliRunner().invoke(cli, ["doctor", "--parity", "--write", str(path)])
-    assert refused.exit_code == 2 and "no place for the table" in refused.output
-    assert CliRunner().invoke(cli, ["doctor", "--write", str(path)]).exit_code == 2
 
 
 def test_a_failure_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,16 +187,39 @@ def test_homes_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.obstacles == {"cpu": "on strike"} and not report.cells and report.passed
 
 
+@needs_mlx
+def test_writing_the_readmes_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Metal's home is a stand-in while the table runs, and no longer."""
+    found: list[object] = []
+
+    def fake(seed: int = 0, progress: Any = None) -> Report:
+        found.append(homes.HOMES["metal"].obstacle())
+        return small_report()
+
+    monkeypatch.setattr(parity, "run", fake)
+    path, before = tmp_path / "R.md", homes.HOMES["metal"]
+    path.write_text(f"a\n{parity_table.BEGIN}\nold\n{parity_table.END}\nb\n")
+    assert parity_table.main([str(path)]) == 0
+    assert found == [None] and homes.HOMES["metal"] is before
+    text = path.read_text()
+    assert text.startswith(f"a\n{parity_table.BEGIN}\n\n| kernel |") and text.endswith(f"\n\n{parity_table.END}\nb\n")
+    path.write_text("no marks")
+    assert "no place for the table" in str(parity_table.main([str(path)]))
+    failed = small_report()
+    failed.cells["reference"]["select_topk"].failed = {"ties": "error 1, at most 0"}
+    monkeypatch.setattr(parity, "run", lambda seed=0, progress=None: failed)
+    assert "FAILED 1 of 3" in str(parity_table.main([str(path)]))
+
+
 def test_the_readme_has_a_table_of_this_form() -> None:
     """Written by the command: rows and columns of this version, errors or reasons in the cells, nothing failed."""
     text = README.read_text(encoding="utf-8")
-    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
-    block = text.split(readme.BEGIN)[1].split(readme.END)[0].strip().splitlines()
+    assert text.count(parity_table.BEGIN) == text.count(parity_table.END) == 1
+    block = text.split(parity_table.BEGIN)[1].split(parity_table.END)[0].strip().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block if line.startswith("|")]
     assert rows[0] == ["kernel", *homes.HOMES] and [row[0] for row in rows[2:]] == [f"`{kernel}`" for kernel in CASES]
     for row in rows[2:]:
         for home, cell in zip(homes.HOMES, row[1:]):
             assert cell in ("-", "not run") or float(cell.split(" (")[0]) < 0.05, (row[0], home, cell)
-            assert cell != "not run" or any(line.startswith(f"- {home}: ") for line in block)
-    kernels_of = dict(zip(homes.HOMES, zip(*[row[1:] for row in rows[2:]])))
-    assert all("(" in cell for home in ("reference", "cpu", "triton") for cell in kernels_of[home])
+            assert cell != "not run"
+            assert cell != "-" or (home in ("metal", "mlx") and row[0].strip("`") not in MLX_KERNELS), (row[0], home)

@@ -1,4 +1,5 @@
-"""What `ondevice doctor --report FILE` adds to a look at the machine: whether backends agree, and how fast they are.
+"""What `ondevice doctor --report FILE` adds to a look at the machine: whether kernels and backends agree, and how fast
+they are.
 
 A part that fails is told in its place, with the error: a report of a machine where much fails is worth the most.
 """
@@ -22,6 +23,7 @@ from ondevice_bench.loading import Source
 from ondevice_bench.random_weights import RandomWeights
 from ondevice_bench.shapes import shape_spec
 from ondevice_bench.sparsity import parse as parse_sparsity
+from ondevice_parity import parity
 
 Say = Callable[[str], None]
 AGREEMENT = (
@@ -37,6 +39,8 @@ SMALL = {"num_hidden_layers": 2, "vocab_size": 512}
 PROMPT, STEPS = 40, 8
 LENGTHS = (40, 1, 17)
 TESTS = "pp128, tg32, tg32 @ d512, tg32 b4"
+KERNEL_HOMES = ("cpu", "metal", "mlx", "triton")
+"""Homes of kernels that a report is about; why one does not run here is told too."""
 GPU_SOURCES = (
     Source("llama-3.2-1b", 4, 64),
     Source("llama-3.2-1b", 4, 64, parse_sparsity("lte:rows=0.25,block=32"), plan="sparse"),
@@ -46,7 +50,7 @@ GPU_SOURCES = (
 
 
 def health(backends: Sequence[str], model: str, say: Say) -> dict[str, Any]:
-    """Agreement with the reference, and speed, of each of some backends.
+    """Every kernel against float64 where it runs here; agreement with the reference, and speed, of some backends.
 
     Args:
         backends: that are ready here, besides the reference.
@@ -54,9 +58,11 @@ def health(backends: Sequence[str], model: str, say: Say) -> dict[str, Any]:
         say: told what is being done.
 
     Returns:
-        "agreement" and "bench": lists of rows, or of {"error": ...} where something failed.
+        "kernels": as `ondevice_parity.parity.Report.document` has them; "agreement" and "bench": lists of rows. Or
+        {"error": ...} in the place of what failed.
     """
-    report: dict[str, Any] = {"agreement": [], "bench": []}
+    say("kernels: each case of each against float64")
+    report: dict[str, Any] = {"kernels": _tried(_kernels), "agreement": [], "bench": []}
     for backend in backends:
         for shape, method in AGREEMENT:
             say(f"{backend}: {shape}, {method or 'dense'}, against the reference")
@@ -112,6 +118,10 @@ def _logits(decoder: Decoder) -> NDArray[np.float64]:
 def _measured(sources: list[Source], backend: str) -> dict[str, Any]:
     cases: list[Case] = parse(TESTS)
     return {"rows": list(run_tests([replace(s) for s in sources], backend, None, cases, 3, False))}
+
+
+def _kernels() -> dict[str, Any]:
+    return parity.run(KERNEL_HOMES).document()
 
 
 def _where(backend: str) -> str | None:

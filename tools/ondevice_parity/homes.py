@@ -77,9 +77,15 @@ def _triton() -> Home:
     return TorchHome(find_cuda().device)
 
 
-def _metal_obstacle() -> str | None:
+def _mlx_obstacle() -> str | None:
     if importlib.util.find_spec("mlx") is None:
-        return "MLX is not installed; on a Mac with Apple silicon it comes with ondevice"
+        return "MLX is not installed; on a Mac with Apple silicon it comes with ondevice, else `ondevice[mlx-cpu]`"
+    return None
+
+
+def _metal_obstacle() -> str | None:
+    if problem := _mlx_obstacle():
+        return problem
     from metal_kernels import launch
 
     if launch.runs_here():
@@ -87,17 +93,19 @@ def _metal_obstacle() -> str | None:
     return "no Apple GPU is MLX's default device here; the tests run the kernels' text in an emulator"
 
 
-def _metal() -> Home:
+def _metal(twin: bool) -> Home:
     from ondevice_parity.metal_home import MetalHome
 
-    return MetalHome()
+    return MetalHome(twin)
 
 
 HOMES = {
     "reference": Entry(lambda: None, _reference),
     "cpu": Entry(lambda: None, _cpu),
-    "metal": Entry(_metal_obstacle, _metal),
+    "metal": Entry(_metal_obstacle, lambda: _metal(twin=False)),
+    "mlx": Entry(_mlx_obstacle, lambda: _metal(twin=True)),
     "triton": Entry(_triton_obstacle, _triton),
     "torch": Entry(_torch_obstacle, _torch),
 }
-"""By name. "torch" is the twins of Triton's kernels in plain torch, on the CPU."""
+"""By name. "mlx" is the twins of Metal's kernels in plain MLX, on its default device; "torch" is those of Triton's in
+plain torch, on the CPU."""

@@ -20,6 +20,9 @@ from ondevice_parity.check import Home, Unsupported
 class MetalHome(Home):
     """Wrappers run on what `mx.fast.metal_kernel` is: a GPU, or an emulator; twins on MLX's default device."""
 
+    def __init__(self, twin: bool = False) -> None:
+        self.twin = twin
+
     def array(self, array: NDArray[Any]) -> mx.array:
         return to_mlx(array)
 
@@ -39,5 +42,6 @@ class MetalHome(Home):
     def kernel(self, name: str, twin: bool = False) -> Callable[..., Any]:
         if importlib.util.find_spec(f"metal_kernels.{name}") is None:
             raise Unsupported("it has no kernel of this name")
-        function: Callable[..., Any] = getattr(importlib.import_module(f"metal_kernels.{name}"), name + "_mlx" * twin)
+        module = importlib.import_module(f"metal_kernels.{name}")
+        function: Callable[..., Any] = getattr(module, name + "_mlx" * (twin or self.twin))
         return function
