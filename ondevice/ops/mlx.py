@@ -8,10 +8,9 @@ equals its single run up to rounding only.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -22,8 +21,10 @@ from ondevice.checkpoint.quantization import Quantized, Tensor, dequantize
 from ondevice.errors import OptionError
 from ondevice.ops.base import Body, Ops, Step
 from ondevice.ops.mlx_activation import activate, activate_gated, fused, soft_cap
+from ondevice.ops.mlx_ahead import Aheads
 from ondevice.ops.mlx_attention import by_segments, full_attention
 from ondevice.ops.mlx_bytes import KV_BITS
+from ondevice.ops.mlx_counts import Counts
 from ondevice.ops.mlx_device import find_device
 from ondevice.ops.mlx_memory import MemoryGuard
 from ondevice.ops.mlx_pages import Pages
@@ -82,7 +83,7 @@ class MlxOps(MlxSkipping, Ops):
         self.device = find_device()
         self.memory = MemoryGuard.of(self.device)
         self._floats: list[Quantized] = []
-        self._queued: tuple[int, list[Any]] | None = None
+        self._aheads = Aheads()
 
     @property
     def where(self) -> str:
@@ -151,31 +152,33 @@ class MlxOps(MlxSkipping, Ops):
     def run(self, step: Step, cache: KVCache, body: Body, name: str = "logits") -> NDArray[np.float32]:
         with mx.stream(self.device.stream):
             try:
-                result = body(MlxStep.of(step))
-                if not len(result):
-                    self._queue([*cache.pages.arrays(), *self.counted.end_step()])
-                    return np.zeros(result.shape, np.float32)
-                logits = result.astype(mx.float32)
-                mx.eval(logits, cache.pages.arrays(), self.counted.end_step())
+                ahead = self._aheads.take(step, cache, name)
+                if ahead is None:
+                    result = body(MlxStep.of(step)).astype(mx.float32)
+                else:
+                    result = ahead.result
+                    self.counted.absorb(ahead.counts)
+                waiting = [result, *cache.pages.arrays(), *self.counted.end_step()]
+                mx.async_eval(waiting)
+                self._aheads.lay_out(step, cache, name, lambda s, tokens: self._laid_out(s, tokens, body))
+                mx.eval(waiting)
             except BaseException:
                 # What is not evaluated can only be by this thread, and the next step may come from another.
                 self.counted.drop_step()
                 with suppress(RuntimeError):
                     mx.eval(cache.pages.arrays())
                 raise
-            self._queued = None
             self.counted.step_ended()
-            return np.array(logits)
+            return np.array(result)
 
-    def _queue(self, arrays: list[Any]) -> None:
-        """Starts a chunk of a prompt that nobody waits for, so that Python prepares the next one meanwhile.
-
-        No more than one ahead: each holds memory. Answers cannot be queued so: their next token is chosen here.
-        """
-        before, self._queued = self._queued, (threading.get_ident(), arrays)
-        mx.async_eval(arrays)
-        if before is not None and before[0] == threading.get_ident():
-            mx.eval(before[1])
+    def _laid_out(self, step: Step, tokens: mx.array, body: Body) -> tuple[mx.array, Counts]:
+        """The result of a step that is not to be evaluated yet, and what it counts."""
+        mine, self.counted = self.counted, Counts()
+        try:
+            planned = replace(MlxStep.of(step), tokens=Index(step.tokens, tokens))
+            return body(planned).astype(mx.float32), self.counted
+        finally:
+            self.counted = mine
 
     def embed(self, table: Matrix, rows: Index, scale: float = 1.0, offset: int = 0) -> Any:
         index = rows.device + offset if offset else rows.device

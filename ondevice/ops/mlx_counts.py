@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -59,6 +59,15 @@ class Counts:
         """Adds numbers up where many have come together. Those of the last step have been computed."""
         if any(len(sums) > UNREAD for sums in self._sums.values()):
             self.read()
+
+    def absorb(self, other: Counts) -> None:
+        """Adds what was counted of a step that is not evaluated yet, and is part of this one's step now."""
+        for kind, tally in other._tallies.items():
+            mine = self._tallies[kind]
+            for field in fields(tally):
+                setattr(mine, field.name, getattr(mine, field.name) + getattr(tally, field.name))
+        for key, some in other._step.items():
+            self._step[key] += some
 
     def drop_step(self) -> None:
         """Forgets numbers of a step that did not end: nobody evaluates them."""

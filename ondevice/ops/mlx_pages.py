@@ -56,6 +56,15 @@ class Pages:
         """All of them, to be evaluated."""
         return [array for stores in (self.keys, self.values) for parts in stores for array in parts]
 
+    def snapshot(self) -> list[list[Any]]:
+        """The arrays as they are. While somebody holds it, steps copy what they would write in place."""
+        return [list(parts) for parts in (*self.keys, *self.values)]
+
+    def restore(self, snapshot: list[list[Any]]) -> None:
+        """Puts arrays in the place of those that are there."""
+        for parts, before in zip((*self.keys, *self.values), snapshot):
+            parts[:] = before
+
     def layer(self, layer: int) -> tuple[Any, Any]:
         """Keys and values of a layer, whole, of floats."""
         return self.keys[layer][0], self.values[layer][0]

@@ -26,10 +26,10 @@ class Index:
 
     __slots__ = ("_device", "host", "rotations")
 
-    def __init__(self, host: NDArray[np.int32]) -> None:
+    def __init__(self, host: NDArray[np.int32], device: Any = None) -> None:
         self.host = host
         self.rotations: dict[int, tuple[Any, Any]] = {}
-        self._device: Any = None
+        self._device = device
 
     @property
     def device(self) -> Any:

@@ -184,8 +184,8 @@ def test_the_cache_is_changed_in_place(mlx: Any) -> None:
         assert mx.get_peak_memory() - before < held / 12, slots  # less than a layer's keys
 
 
-def test_a_chunk_that_nobody_waits_for(mlx: Any, monkeypatch: Any) -> None:
-    """Chunks of a prompt without logits are queued; another thread may go on with the cache."""
+def test_a_prompt_that_is_left_half_way(mlx: Any, monkeypatch: Any) -> None:
+    """Another thread may go on with the cache."""
     monkeypatch.setattr("ondevice.decoder.PREFILL_CHUNK", 16)
     spec, ids = case_spec("llama3"), case_ids("llama3")[:70]
     ours, judge = mlx.both(spec, case_tensors("llama3"))

@@ -1,0 +1,106 @@
+"""The next step of decoding, laid out while the device runs this one.
+
+Laying a step out is work of Python for each operation; of a small model it takes as long as the device needs. All of a
+step but its tokens is known before: so it is laid out over a place for the tokens, which are put there when they have
+been chosen. Nothing of it runs before that. (Were it to run ahead, pages of the cache would be in use twice, and MLX
+would copy them instead of writing in place.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+import numpy as np
+
+from ondevice.ops.base import Step
+from ondevice.ops.mlx_counts import Counts
+from ondevice.ops.paged_step import is_single
+
+if TYPE_CHECKING:
+    from ondevice.generation.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A step that nobody has asked for yet.
+
+    Args:
+        key: what a step must be to be this one, but for its tokens.
+        tokens: int32 [N], to be overwritten.
+        result: of the step, not computed.
+        counts: of what it skips.
+        pages: the cache's arrays after the step, not computed.
+    """
+
+    key: Any
+    tokens: mx.array
+    result: mx.array
+    counts: Counts
+    pages: list[list[mx.array]]
+
+
+class Aheads:
+    """At most one step ahead for each cache."""
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[KVCache, Ahead] = WeakKeyDictionary()
+
+    def take(self, step: Step, cache: KVCache, name: str) -> Ahead | None:
+        """What was laid out for a step, now with its tokens and part of the cache; None if that was another.
+
+        Args:
+            step: in NumPy's arrays.
+            name: of what is run.
+        """
+        ahead = self._of.pop(cache, None)
+        if ahead is None or ahead.key != _key(step, name):
+            return None
+        cache.pages.restore(ahead.pages)
+        np.array(ahead.tokens, copy=False)[:] = step.tokens
+        return ahead
+
+    def lay_out(
+        self,
+        step: Step,
+        cache: KVCache,
+        name: str,
+        work: Callable[[Step, mx.array], tuple[mx.array, Counts]],
+    ) -> None:
+        """Lays out what will follow a step, if it is one of decoding and the cache has room.
+
+        Args:
+            step: in NumPy's arrays.
+            work: given the step that follows and a place for its tokens, its result and what it counts; it changes the
+                cache's arrays.
+        """
+        after = _following(step, cache)
+        if after is None:
+            return
+        tokens, now = mx.array(after.tokens), cache.pages.snapshot()
+        mx.eval(tokens)
+        try:
+            result, counts = work(after, tokens)
+            self._of[cache] = Ahead(_key(after, name), tokens, result, counts, cache.pages.snapshot())
+        finally:
+            cache.pages.restore(now)
+
+
+def _following(step: Step, cache: KVCache) -> Step | None:
+    n = len(step.tokens)
+    if not n or len(step.outputs) != n or not is_single(step) or int(step.positions.max()) + 1 >= cache.capacity:
+        return None
+    for slot in step.slots:
+        cache.reserve(int(slot), 2)
+    after = replace(step, tokens=np.zeros(n, np.int32), positions=step.positions + 1)
+    cache.touch(after.slots, after.positions)
+    return after
+
+
+def _key(step: Step, name: str) -> Any:
+    # Another thread has other streams.
+    return name, threading.get_ident(), step.slots.tobytes(), step.positions.tobytes(), step.outputs.tobytes()
