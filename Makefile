@@ -6,8 +6,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Most of the time of tests is compiling, which takes one core.
+# Most of the time of tests is compiling, which takes one core. So libraries that start threads keep to one as well:
+# theirs would wait for each other.
 TEST_PROCESSES ?= 2
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 # The prompt goes to the program through the environment, as it was typed: make must not expand it.
 export ONDEVICE_MAKE_PROMPT := $(value PROMPT)
@@ -23,7 +25,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # The kernels on 64-bit Arm, under qemu on x86-64. Says why if it cannot.
 test-arm64: $(VENV)/.installed-dev

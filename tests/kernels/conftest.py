@@ -8,9 +8,9 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--spread",
-        type=int,
-        metavar="N",
-        help="of each test the fewest cases that take every value of every parameter once, at most N",
+        action="append",
+        metavar="[TEST=]N",
+        help="of each test, or of one, the fewest cases that take every value of every parameter once, at most N",
     )
 
 
@@ -26,14 +26,16 @@ def _spread(cases: list[pytest.Item], most: int) -> list[pytest.Item]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    most = config.getoption("--spread")
-    if most is None:
+    asked = config.getoption("--spread")
+    if asked is None:
         return
+    most = {name: int(number) for name, _, number in (each.rpartition("=") for each in asked)}
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         tests.setdefault(f"{item.path}::{getattr(item, 'originalname', item.name)}", []).append(item)
     kept = set()
-    for cases in tests.values():
-        kept.update(_spread(cases, most) if hasattr(cases[0], "callspec") else cases)
+    for name, cases in tests.items():
+        number = most.get(name.partition("::")[2], most.get("", len(cases)))
+        kept.update(_spread(cases, number) if hasattr(cases[0], "callspec") else cases)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

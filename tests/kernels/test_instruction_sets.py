@@ -26,6 +26,8 @@ def test_kernels_compiled_for(name: str) -> None:
     missing = [word for word in features.replace("+", "").split(",") if word and not has.get(word)]
     if missing:
         pytest.skip(f"this CPU has no {', '.join(missing)}")
-    arguments = ("-x", "--spread", "12", "-k", "not one-thread", SIMD, OPS, ATTENTION, PICKED, UNPACKED)
+    # Each shape of attention is compiled for seconds.
+    few = ("--spread", "12", "--spread", "test_attention=3", "--spread", "test_odd_shapes_against_the_reference=3")
+    arguments = ("-x", *few, "-k", "not one-thread", SIMD, OPS, ATTENTION, PICKED, UNPACKED)
     with running(sys.executable, cpu, features, name, *arguments) as process:
         must_pass(process, 600)
