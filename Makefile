@@ -49,5 +49,5 @@ $(VENV)/.installed: pyproject.toml tools apps | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml tools apps | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,judges]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,judges,triton]'
 	@touch $@ $(VENV)/.installed
