@@ -8,6 +8,7 @@ each layer's are far more than the L2 cache holds at the batch sizes where that 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,7 @@ class Step:
         self.tokens = torch.arange(shape.batch, device=device) % shape.vocab
         self.views = [KvView(cache[0], cache[1], lengths) for cache in caches]
         self.ffns = [layer.ffn(shape) for layer in model.layers]
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self) -> torch.Tensor:
         """Logits [batch, vocab]."""
@@ -94,15 +96,19 @@ class Step:
     def _layer(self, x: torch.Tensor, layer: Layer, i: int) -> torch.Tensor:
         shape, (b, d) = self.shape, x.shape
         inputs = layer_norm(x, (d,), layer.vector, layer.vector)
+        heads = rows = None
+        if self.kept is not None:
+            # The first layer's attention is dense, as published.
+            with self._beside():
+                heads = select_topk(linear(inputs, layer.heads), self.kept[0], False) if i else None
+                chosen = None if self.side is None else self.side.record_event()
+                rows = select_topk(linear(linear(inputs, layer.first), layer.second), self.kept[1], True)
         q, k, v = linear(inputs, layer.qkv, layer.qkv_bias).view(b, 3, shape.heads, shape.dh).unbind(1)
         cache, view = self.caches[i % len(self.caches)], self.views[i % len(self.caches)]
         cache[0, :, shape.seen - 1] = k
         cache[1, :, shape.seen - 1] = v
-        heads = rows = None
-        if self.kept is not None:
-            # The first layer's attention is dense, as published.
-            heads = select_topk(linear(inputs, layer.heads), self.kept[0], False) if i else None
-            rows = select_topk(linear(linear(inputs, layer.first), layer.second), self.kept[1], True)
+        if self.kept is not None and chosen is not None:
+            torch.cuda.current_stream().wait_event(chosen)
         if self.ours or self.kept is not None:
             seen = selective_attention(q, view, heads, shape.dh**-0.5)
         else:
@@ -110,9 +116,21 @@ class Step:
         x = x + linear(seen.reshape(b, d), layer.out, layer.vector)
         inputs = layer_norm(x, (d,), layer.vector, layer.vector)
         if rows is not None:
+            if self.side is not None:
+                torch.cuda.current_stream().wait_stream(self.side)
             return sparse_ffn_rows(inputs, self.ffns[i], rows, "relu", residual=x)
         hidden = torch.relu(linear(inputs, layer.up, layer.up_bias))
         return torch.addmm(layer.vector, hidden, layer.down) + x
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Lets selectors run while the attention does, which does not wait for what the FFN selects."""
+        if self.side is None:
+            yield
+            return
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            yield
 
 
 def _caches(shape: Shape, device: torch.device) -> list[torch.Tensor]:
