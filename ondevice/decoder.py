@@ -208,7 +208,8 @@ class Decoder:
         ops.part("qkv")
         normed = ops.norm(x, layer.attn_norm)
         self._see("attention", i, normed)
-        early = layer.router(normed, batch)
+        with ops.beside(normed):
+            early = layer.router(normed, batch)
         q, k, v = layer.qkv(normed)
         ops.part("attention")
         if layer.q_norm is not None:

@@ -136,6 +136,10 @@ class Ops(SkippingOps, ABC):
             float32 [rows, width] of the body's result, a copy that later steps leave alone.
         """
 
+    def beside(self, x: Array) -> AbstractContextManager[None]:
+        """Surrounds selecting, from x, what is needed later: a table may run it beside all that comes before that."""
+        return nullcontext()
+
     def part(self, name: str) -> None:
         """Names the part of the model that the following operations belong to, for tables that keep a profile."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ondevice.checkpoint.quantization import Quantized, Tensor
 from ondevice.ops import torch_selection
 from ondevice.ops.base import Body, Step
 from ondevice.ops.torch import TorchOps
+from ondevice.ops.torch_beside import Beside
 from ondevice.ops.torch_counts import Unit
 from ondevice.ops.torch_cuda_skipping import CudaSkipping
 from ondevice.ops.torch_device import find_cuda
@@ -72,6 +74,7 @@ class CudaOps(CudaSkipping, TorchOps):
     def __init__(self) -> None:
         super().__init__(find_cuda())
         self._graphs = Graphs(self.place.device) if self.place.graphs else None
+        self._second = Beside(self.place.device) if self.place.graphs else None
         self._as_floats: list[Quantized] = []
 
     # Weights
@@ -110,9 +113,21 @@ class CudaOps(CudaSkipping, TorchOps):
 
     def run(self, step: Step, cache: KVCache, body: Body, name: str = "logits") -> NDArray[np.float32]:
         if self._graphs is not None and self._graphs.takes(step):
-            with torch.no_grad():
-                return self._graphs.run(step, cache, body, name, self.counted)
+            self.side = self._second
+            try:
+                with torch.no_grad():
+                    return self._graphs.run(step, cache, lambda s: self._whole(body, s), name, self.counted)
+            finally:
+                self.side = None
         return super().run(step, cache, body, name)
+
+    def _whole(self, body: Body, step: Step) -> Any:
+        result = body(step)
+        self.arrived()
+        return result
+
+    def beside(self, x: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self.side is None else self.side.selecting(x)
 
     def attention(
         self,
@@ -137,24 +152,27 @@ class CudaOps(CudaSkipping, TorchOps):
         else:
             self.counted.sparse(Unit("heads", heads.group), len(q) * heads.kept, len(q) * (units // heads.group))
             rows = heads.index
+            if self.side is not None:
+                self.side.need_heads()
         unit = "head" if heads is None or heads.group == 1 else "kv_group"
         return selective_attention(queries, view, rows, scale, unit, window, softcap).flatten(1)
 
     def only_heads(self, out: Any, heads: HeadSelection | None) -> Any:
         if heads is None:
             return super().only_heads(out, None)
+        self.arrived()
         rows: RowList = heads.index
-        units = self._head_units(out, heads)
+        units = self.head_units(heads.group)
         self.counted.sparse(Unit("heads", heads.group), len(out) * heads.kept, len(out) * units)
         return torch_selection.only_heads(out, mask_of_lists(rows, units))
 
-    def _head_units(self, out: torch.Tensor, heads: HeadSelection) -> int:
-        return out.shape[1] // (self._head_dim * heads.group)
+    def head_units(self, group: int) -> int:
+        return self._n_heads // group
 
-    _head_dim: int
+    _n_heads: int
 
     def new_pages(self, spec: ModelSpec, pages: Sequence[int], page: int) -> Pages:
-        self._head_dim = spec.head_dim
+        self._n_heads = spec.n_heads
         return super().new_pages(spec, pages, page)
 
     def topk_attention(

@@ -18,6 +18,7 @@ from cuda_kernels.sparse_inputs import InputMajor, pack_inputs, sparse_inputs
 from cuda_kernels.statistical_topk import statistical_topk
 from ondevice.checkpoint.quantization import Tensor
 from ondevice.ops import torch_selection
+from ondevice.ops.torch_beside import Beside
 from ondevice.ops.torch_counts import Unit
 from ondevice.ops.torch_lists import Lists, everything, of_mask
 from ondevice.ops.torch_skipping import TorchSkipping
@@ -57,6 +58,13 @@ class CudaSkipping(TorchSkipping):
     """`Selection.mask` is Lists, `HeadSelection.index` a RowList of units of heads."""
 
     dtype: torch.dtype
+    side: Beside | None = None
+    """Where a step is recorded that selects beside its attention."""
+
+    def arrived(self) -> None:
+        """Makes what follows wait for all selections."""
+        if self.side is not None:
+            self.side.join()
 
     @abstractmethod
     def kernel_form(self, tensor: Tensor) -> Any:
@@ -118,8 +126,16 @@ class CudaSkipping(TorchSkipping):
         lists: Lists = selection.mask
         return replace(selection, mask=lists.expanded(block), units=selection.units * block)
 
-    def forced(self, selection: Selection, density: float) -> Selection:
+    def forced(self, selection: Any, density: float) -> Any:
+        if isinstance(selection, HeadSelection):
+            units = self.head_units(selection.group)
+            if selection.kept == round(density * units):
+                return selection
+            heads = self._random(len(selection.index.count), units, density)
+            return self._chosen(HeadSelection(heads.rows, round(density * heads.units), selection.group))
         lists: Lists = selection.mask
+        if lists.kept == round(density * lists.units):
+            return selection  # top-k keeps as many already, and drawing lists anew takes time that is nobody's
         return replace(selection, mask=self._random(len(lists.rows.count), lists.units, density).expanded(lists.block))
 
     def random_selection(self, x: Any, units: int, density: float) -> Selection:
@@ -131,9 +147,19 @@ class CudaSkipping(TorchSkipping):
         return replace(lists, kept=kept)
 
     def select_heads(self, scores: Any, k: int, group: int) -> HeadSelection:
-        return HeadSelection(select_topk(scores, k, False, group), k, group)
+        return self._chosen(HeadSelection(select_topk(scores, k, False, group), k, group))
+
+    def _chosen(self, heads: HeadSelection) -> HeadSelection:
+        if self.side is not None:
+            self.side.heads_chosen()
+        return heads
+
+    @abstractmethod
+    def head_units(self, group: int) -> int:
+        """Units of a layer that are chosen among, each of `group` query heads."""
 
     def mask(self, h: Any, selection: Selection) -> Any:
+        self.arrived()
         self.ran_dense("ffn")
         lists: Lists = selection.mask
         values = h if selection.values is None else h * selection.values
@@ -150,6 +176,7 @@ class CudaSkipping(TorchSkipping):
     # Products
 
     def sparse_ffn(self, x: Any, ffn: Ffn, selection: Selection | None, activation: str, residual: Any = None) -> Any:
+        self.arrived()
         lists: Lists = ffn.all if selection is None else selection.mask
         values = None if selection is None else selection.values
         if selection is None:
@@ -176,6 +203,7 @@ class CudaSkipping(TorchSkipping):
         return sparse_ffn_rows(x, replace(packed, valued=True), lists.union().rows, activation, chosen)
 
     def sparse_linear(self, x: Any, weight: Inputs, selection: Selection, residual: Any = None) -> Any:
+        self.arrived()
         lists: Lists = selection.mask
         self._count_lists("inputs", lists, len(x), weight.nbytes)
         rows = lists.rows

@@ -57,7 +57,7 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool: Any = None
+        self._anchor: Any = None
 
     def takes(self, step: Step) -> bool:
         """Whether a step, given in NumPy's arrays, is one of decoding: a token of each sequence, all with logits."""
@@ -109,11 +109,15 @@ class Graphs:
 
     def capture(self, work: Callable[[], torch.Tensor], counts: Counts) -> tuple[Any, torch.Tensor, Deed]:
         """A graph of the work and of counting it, its result, and what the host counts each time."""
+        if self._anchor is None:
+            # Graphs go with their caches, and torch cannot use a pool again whose last graph has gone: this one stays.
+            self._anchor = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._anchor):
+                torch.zeros(1, device=self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._anchor.pool()):
             result = work()
             deed = counts.end_step()
-        self._pool = graph.pool()
         return graph, result, deed
 
     def wait(self) -> None:

@@ -122,7 +122,11 @@ class TorchSkipping(SkippingOps, ABC):
         mask = selection.mask.repeat_interleave(block, 1)
         return replace(selection, mask=mask, units=selection.units * block)
 
-    def forced(self, selection: Selection, density: float) -> Selection:
+    def forced(self, selection: Any, density: float) -> Any:
+        if isinstance(selection, HeadSelection):
+            tokens, units = selection.index.shape
+            index = torch_selection.random_mask(tokens, units, density, self.place.device)
+            return replace(selection, index=index, kept=round(density * units))
         mask = torch_selection.random_mask(len(selection.mask), selection.units, density, self.place.device)
         return replace(selection, mask=mask)
 

@@ -13,6 +13,7 @@ import pytest
 
 from ondevice.checkpoint.quantization import quantize
 from ondevice.ops import torch_device
+from ondevice_bench.sparsity import force, parse
 from tests.kernels.triton_home import MISSING, needs_triton
 from tests.models.cases import case_ids
 from tests.models.running import decode_logits, make_decoder, prefill_logits
@@ -22,6 +23,7 @@ from tests.tiny import ARCHITECTURES, tiny_spec, tiny_tensors
 
 pytestmark = needs_triton
 if not MISSING:
+    from ondevice.ops.torch import TorchOps
     from ondevice.ops.torch_cuda import CudaOps, GroupMatrix
 EXACT = 1e-4
 LENGTHS = (3, 1, 9, 4, 2)
@@ -73,6 +75,19 @@ def test_bytes_that_single_tokens_skip() -> None:
         kind = spec.sparsity.skips[0]
         mine, others = (decoder.ops.counts()[kind].bytes_skipped for decoder in (ours, judge))
         assert mine > 0 and abs(2 * mine - others) <= 0.01 * others
+
+
+@pytest.mark.parametrize("name", ["polar", "polar_groups"])
+def test_forced_heads_and_neurons(name: str) -> None:
+    """What a benchmark puts in the selectors' place has the density that was asked for."""
+    spec = sparse_spec(name)
+    for ops in (CudaOps(), TorchOps()):
+        decoder = make_decoder(spec, sparse_tensors(spec), ops)
+        force(decoder, parse("polar:heads=0.25,rows=0.25" if name == "polar" else "polar:heads=0.5"))
+        batch_logits(decoder, (3, 1), steps=1)
+        for kind, wanted in (("heads", 0.25), ("ffn", 0.25)) if name == "polar" else (("heads", 0.5),):
+            tally = ops.counts()[kind]
+            assert tally.units and tally.kept / tally.units == pytest.approx(wanted, abs=0.01), (ops.name, kind)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64)])
