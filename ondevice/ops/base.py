@@ -56,6 +56,9 @@ class Ops(SkippingOps, ABC):
     rotates: bool = False
     """Whether layers may differ in their pages, so that those whose tokens see a window need not keep the rest."""
 
+    page_axis: int = 1
+    """Of the arrays that a storage consists of, the axis along which its pages lie."""
+
     # Weights
 
     @abstractmethod

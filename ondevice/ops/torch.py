@@ -62,6 +62,7 @@ class TorchOps(TorchSkipping, Ops):
     """
 
     name = "torch"
+    page_axis = 0
 
     def __init__(self, place: TorchDevice | None = None, trainable: bool = False) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from ondevice.checkpoint.quantization import Quantized, dequantize
 from ondevice.cli import cli
 from ondevice.decoder import Decoder
 from ondevice.errors import OptionError
+from ondevice.model import load
 from ondevice.ops.reference import ReferenceOps
 from ondevice_bench import random_weights
 from ondevice_bench.cases import Case, check, grid, parse
@@ -185,14 +186,21 @@ def test_what_is_run(tiny, monkeypatch, case, calls, rate):
     assert int(steps[-1].positions.max()) == case.positions - 1
 
 
-def test_sequences_with_the_same_context_have_it_in_memory_of_their_own(tiny, monkeypatch):
-    runs = []
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch", "mlx"])
+def test_sequences_with_the_same_context_have_it_in_memory_of_their_own(tiny_path, monkeypatch, backend):
+    needs = {"torch": "torch", "mlx": "mlx.core"}.get(backend)
+    if needs is not None:
+        pytest.importorskip(needs, reason=f"{needs} is not installed")
+    tiny, runs = load(tiny_path, backend=backend), []
     monkeypatch.setattr("ondevice_bench.measure._Run.once", lambda run, between: runs.append(run) or 1.0)
     in_turn([tiny.decoder], Case("tg", 3, 70, 3), 1, alike=True)
     cache, decoder = runs[0].cache, tiny.decoder
     assert np.unique(cache.block_table).size == cache.block_table.size == 6
     logits = decoder.decode([5, 5, 5], cache, range(3))
-    np.testing.assert_array_equal(logits[1:], logits[:2])
+    np.testing.assert_allclose(logits[1:], logits[:2], rtol=0, atol=1e-5)
+    alone = decoder.new_cache(1, 73)
+    list(decoder.prefill(runs[0].tokens[0][:70], alone))
+    np.testing.assert_allclose(logits[:1], decoder.decode([5], alone, [0]), rtol=0, atol=1e-5)
 
 
 def test_keys_and_values_beyond_memory_are_refused(tiny, monkeypatch):

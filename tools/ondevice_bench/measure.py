@@ -150,8 +150,9 @@ class _Run:
         cache.reserve(slot, self.case.depth)
         first, own = cache.block_table[0], cache.block_table[slot]
         for array in held_arrays(cache.pages):
+            before = (slice(None),) * self.decoder.ops.page_axis
             for source, target in zip(first, own[: -(-self.case.depth // cache.page)]):
-                array[:, target] = array[:, source]
+                array[(*before, int(target))] = array[(*before, int(source))]
         cache.lengths[slot] = self.case.depth
 
     def _decode(self, position: int) -> None:
