@@ -30,9 +30,10 @@ def mlx(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Helpers of MLX's tests, on a CPU and in float32; prompts are read in small chunks."""
     pytest.importorskip("mlx.core", reason="MLX is not installed (extra `mlx-cpu`)")
     monkeypatch.setenv("ONDEVICE_MLX_DTYPE", "float32")
-    monkeypatch.setattr("ondevice.decoder.PREFILL_CHUNK", CHUNK)
     from tests.models import mlx_running
 
+    # After the import, since other modules take the constant over when they are loaded.
+    monkeypatch.setattr("ondevice.decoder.PREFILL_CHUNK", CHUNK)
     return mlx_running
 
 
