@@ -27,9 +27,9 @@ from metal_kernels.statistical_topk import statistical_topk
 from metal_kernels.topk_attention import topk_attention
 from ondevice.checkpoint.quantization import Quantized, Tensor
 from ondevice.ops import mlx_selection
+from ondevice.ops.masked_ffn import Ffn
 from ondevice.ops.mlx import MlxOps
 from ondevice.ops.mlx_ffn import whole_down, whole_hidden
-from ondevice.ops.mlx_skipping import Ffn
 from ondevice.ops.mlx_step import MlxStep
 from ondevice.ops.mlx_units import Units
 from ondevice.ops.mlx_weights import to_device

@@ -6,9 +6,9 @@ arguments (`metal_kernels`); MLX has no operation whose work depends on what is 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ import mlx.core as mx
 from ondevice.checkpoint.quantization import Tensor, dequantize
 from ondevice.ops import mlx_selection
 from ondevice.ops.base_skipping import SkippingOps, Tally
+from ondevice.ops.masked_ffn import MaskedFfn
 from ondevice.ops.mlx_attention import by_segments, chosen_keys_attention
 from ondevice.ops.mlx_counts import Counts
 from ondevice.ops.mlx_step import MlxStep, Segment
@@ -28,17 +29,7 @@ if TYPE_CHECKING:
     from ondevice.ops.mlx_device import MlxDevice
 
 
-@dataclass(frozen=True, slots=True)
-class Ffn:
-    """An FFN of which each token may run a part: gate and up joined, and down."""
-
-    up: Joined
-    down: Joined
-    gated: bool
-    valued: bool
-
-
-class MlxSkipping(SkippingOps, ABC):
+class MlxSkipping(MaskedFfn, SkippingOps, ABC):
     """Masks are bool [N or 1, units], head selections bool [N, units]."""
 
     device: MlxDevice
@@ -54,7 +45,6 @@ class MlxSkipping(SkippingOps, ABC):
         return selection.mask
 
     def count_masked(self, kind: str, selection: Selection | None, tokens: int) -> None:
-        """Notes a call for so many tokens, which computes everything."""
         if selection is None:
             self.counted.dense(kind)
             return
@@ -64,43 +54,11 @@ class MlxSkipping(SkippingOps, ABC):
 
     # FFN
 
-    def pack_ffn(
-        self,
-        gate: Tensor | None,
-        up: Tensor,
-        down: Tensor,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        block: int,
-        valued: bool,
-    ) -> Ffn:
-        first = [(up, up_bias)] if gate is None else [(gate, gate_bias), (up, up_bias)]
-        joined = self.pack_linear([w for w, _ in first], [bias for _, bias in first])
-        return Ffn(joined, self.pack_linear([down], [down_bias]), gate is not None, valued)
+    def masked(self, h: Any, selection: Selection) -> Any:
+        return mx.where(self.mask_of(selection), h, 0)
 
-    @abstractmethod
-    def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Joined:
-        """As in `Ops`: what FFNs are packed by here."""
-
-    @abstractmethod
-    def activation(self, x: Any, kind: str, gated: bool) -> Any:
-        """As in `Ops`."""
-
-    def sparse_ffn(self, x: Any, ffn: Ffn, selection: Selection | None, activation: str, residual: Any = None) -> Any:
-        h = self.activation(ffn.up.product(x), activation, ffn.gated)
-        if ffn.valued:
-            assert selection is not None and selection.values is not None
-            h = h * selection.values
-        self.count_masked("ffn", selection, len(x))
-        if selection is not None:
-            h = mx.where(self.mask_of(selection), h, 0)
-        return ffn.down.product(h.astype(x.dtype), residual)
-
-    def mask(self, h: Any, selection: Selection) -> Any:
-        self.ran_dense("ffn")
-        values = h if selection.values is None else h * selection.values
-        return mx.where(self.mask_of(selection), values, 0).astype(h.dtype)
+    def alike(self, h: Any, x: Any) -> Any:
+        return h.astype(x.dtype)
 
     def ran_dense(self, kind: str) -> None:
         self.counted.dense(kind)

@@ -5,9 +5,9 @@ The results are those of skipping, and no time is saved. What saves it is Triton
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +15,12 @@ import torch
 from ondevice.checkpoint.quantization import Tensor
 from ondevice.ops import torch_selection
 from ondevice.ops.base_skipping import SkippingOps, Tally
+from ondevice.ops.masked_ffn import MaskedFfn
 from ondevice.ops.torch_attention import by_segments, chosen_keys_attention
 from ondevice.ops.torch_counts import Counts, Unit
 from ondevice.ops.torch_pages import Pages
 from ondevice.ops.torch_step import Segment, TorchStep
-from ondevice.ops.torch_weights import Joined, floats_of
+from ondevice.ops.torch_weights import floats_of
 from ondevice.sparsity.selection import HeadSelection, Selection
 
 if TYPE_CHECKING:
@@ -28,17 +29,7 @@ if TYPE_CHECKING:
     from ondevice.ops.torch_device import TorchDevice
 
 
-@dataclass(frozen=True, slots=True)
-class Ffn:
-    """An FFN of which each token may run a part: gate and up joined, and down."""
-
-    up: Joined
-    down: Joined
-    gated: bool
-    valued: bool
-
-
-class TorchSkipping(SkippingOps, ABC):
+class TorchSkipping(MaskedFfn, SkippingOps, ABC):
     """Masks are bool [N or 1, units], head selections bool [N, units]."""
 
     place: TorchDevice
@@ -50,8 +41,7 @@ class TorchSkipping(SkippingOps, ABC):
     def counts(self) -> dict[str, Tally]:
         return self.counted.read()
 
-    def _count(self, kind: str, selection: Selection | None, tokens: int) -> None:
-        """Notes a call for so many tokens."""
+    def count_masked(self, kind: str, selection: Selection | None, tokens: int) -> None:
         if selection is None:
             self.counted.dense(kind)
             return
@@ -60,43 +50,11 @@ class TorchSkipping(SkippingOps, ABC):
 
     # FFN
 
-    def pack_ffn(
-        self,
-        gate: Tensor | None,
-        up: Tensor,
-        down: Tensor,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        block: int,
-        valued: bool,
-    ) -> Any:
-        first = [(up, up_bias)] if gate is None else [(gate, gate_bias), (up, up_bias)]
-        joined = self.pack_linear([w for w, _ in first], [bias for _, bias in first])
-        return Ffn(joined, self.pack_linear([down], [down_bias]), gate is not None, valued)
+    def masked(self, h: Any, selection: Selection) -> Any:
+        return torch.where(selection.mask, h, 0)
 
-    @abstractmethod
-    def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Joined:
-        """As in `Ops`: what FFNs are packed by here."""
-
-    @abstractmethod
-    def activation(self, x: Any, kind: str, gated: bool) -> Any:
-        """As in `Ops`."""
-
-    def sparse_ffn(self, x: Any, ffn: Any, selection: Selection | None, activation: str, residual: Any = None) -> Any:
-        h = self.activation(ffn.up.product(x), activation, ffn.gated)
-        if ffn.valued:
-            assert selection is not None and selection.values is not None
-            h = h * selection.values
-        self._count("ffn", selection, len(x))
-        if selection is not None:
-            h = torch.where(selection.mask, h, 0)
-        return ffn.down.product(h, residual)
-
-    def mask(self, h: Any, selection: Selection) -> Any:
-        self.ran_dense("ffn")
-        values = h if selection.values is None else h * selection.values
-        return torch.where(selection.mask, values, 0).to(h.dtype)
+    def alike(self, h: Any, x: Any) -> Any:
+        return h.to(x.dtype)
 
     def ran_dense(self, kind: str) -> None:
         self.counted.dense(kind)
@@ -142,7 +100,7 @@ class TorchSkipping(SkippingOps, ABC):
         return self.pack_linear(weights, biases)
 
     def sparse_linear(self, x: Any, weight: Any, selection: Selection, residual: Any = None) -> Any:
-        self._count("inputs", selection, len(x))
+        self.count_masked("inputs", selection, len(x))
         return weight.product(torch.where(selection.mask, x, 0), residual)
 
     # Attention
