@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from ondevice.errors import NumericalError
 from ondevice.generation.kv_cache import KVCache
-from ondevice.layer import Early, Layer
+from ondevice.layer import Early, Layer, no_router
 from ondevice.ops.base import Array, Handle, Ops, Step
 from ondevice.packing import Packer
 from ondevice.sparsity.break_even import BreakEvens
@@ -208,7 +209,7 @@ class Decoder:
         ops.part("qkv")
         normed = ops.norm(x, layer.attn_norm)
         self._see("attention", i, normed)
-        with ops.beside(normed):
+        with nullcontext() if layer.router is no_router else ops.beside(normed):
             early = layer.router(normed, batch)
         q, k, v = layer.qkv(normed)
         ops.part("attention")
@@ -261,7 +262,7 @@ class Decoder:
     def _name_bad_layer(self, step: Step, cache: KVCache, batch: int) -> None:
         """Runs a step again up to each layer in turn and raises at the first bad one."""
         for n in range(self.spec.n_layers + 1):
-            name = f"{'decode' if batch else 'hidden'} {n}"
+            name = f"hidden {n}{' decode' if batch else ''}"
             x = self.ops.run(step, cache, lambda s, n=n: self._hidden(s, cache, n, batch), name)  # type: ignore[misc]
             if not np.isfinite(x).all():
                 where = f"layer {n - 1}" if n else "the embedding"

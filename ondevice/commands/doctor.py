@@ -82,7 +82,7 @@ def _report(file: Path, report: dict[str, Any], model: str) -> None:
     found = {**report, **health(ready, model, lambda text: click.echo(f"{text} ...", err=True))}
     file.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
     failed = sum("error" in row for part in ("agreement", "bench") for row in found[part])
-    failed += not found["kernels"].get("passed", False)
+    failed += not found["parity"].get("passed", False)
     click.echo(f"wrote {file}" + (f"; {failed} parts failed, as told there" if failed else ""), err=True)
 
 

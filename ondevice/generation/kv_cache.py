@@ -99,7 +99,7 @@ class KVCache:
 
         Returns:
             Positions that are left: `length` if there were as many; 0 where a ring has overwritten what the next
-            token would see. Going back by as many tokens as a step may have is always possible.
+            token would see. A ring goes back by as many tokens as a step may have, from the last that was written.
         """
         length = min(length, int(self.lengths[slot]))
         if not all(self._rewinds(slot, length, *pair) for pair in zip(self._windows, self.rings)):

@@ -170,8 +170,10 @@ class SkippingOps:
         """A selection of blocks as one of neurons: unit u becomes the units u * block .. (u + 1) * block - 1."""
         self._lacks("expand")
 
-    def forced(self, selection: Selection, density: float) -> Selection:
-        """Random units in a selection's place, drawn anew at each call, for measurements of given densities.
+    def forced(self, selection: Any, density: float) -> Any:
+        """Random units in the place of a selection, of units or of heads, for measurements of given densities.
+
+        Drawn anew at each call; a table may leave a selection that keeps as many already.
 
         Args:
             selection: gives the shape, and has been computed; what it holds is not used.

@@ -158,7 +158,9 @@ class MlxOps(MlxSkipping, Ops):
                 else:
                     result = ahead.result
                     self.counted.absorb(ahead.counts)
-                waiting = [result, *cache.pages.arrays(), *self.counted.end_step()]
+                # What nobody asked for must not be among them: MLX would compute all that it is made of.
+                wanted = [result] if len(result) else []
+                waiting = [*wanted, *cache.pages.arrays(), *self.counted.end_step()]
                 mx.async_eval(waiting)
                 self._aheads.lay_out(step, cache, name, lambda s, tokens: self._laid_out(s, tokens, body))
                 mx.eval(waiting)
@@ -169,7 +171,7 @@ class MlxOps(MlxSkipping, Ops):
                     mx.eval(cache.pages.arrays())
                 raise
             self.counted.step_ended()
-            return np.array(result)
+            return np.array(result) if wanted else np.zeros(result.shape, np.float32)
 
     def _laid_out(self, step: Step, tokens: mx.array, body: Body) -> tuple[mx.array, Counts]:
         """The result of a step that is not to be evaluated yet, and what it counts."""

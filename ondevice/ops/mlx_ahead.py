@@ -31,6 +31,7 @@ class Ahead:
 
     Args:
         key: what a step must be to be this one, but for its tokens.
+        thread: that laid it out, and alone can run it: streams are a thread's own.
         tokens: int32 [N], to be overwritten.
         result: of the step, not computed.
         counts: of what it skips.
@@ -38,6 +39,7 @@ class Ahead:
     """
 
     key: Any
+    thread: object
     tokens: mx.array
     result: mx.array
     counts: Counts
@@ -49,6 +51,13 @@ class Aheads:
 
     def __init__(self) -> None:
         self._of: WeakKeyDictionary[KVCache, Ahead] = WeakKeyDictionary()
+        self._threads = threading.local()
+
+    def _thread(self) -> object:
+        """Stands for the running thread. (Its number is given to another one when it has ended.)"""
+        if not hasattr(self._threads, "itself"):
+            self._threads.itself = object()
+        return self._threads.itself
 
     def take(self, step: Step, cache: KVCache, name: str) -> Ahead | None:
         """What was laid out for a step, now with its tokens and part of the cache; None if that was another.
@@ -58,7 +67,7 @@ class Aheads:
             name: of what is run.
         """
         ahead = self._of.pop(cache, None)
-        if ahead is None or ahead.key != _key(step, name):
+        if ahead is None or ahead.thread is not self._thread() or ahead.key != _key(step, cache, name):
             return None
         cache.pages.restore(ahead.pages)
         np.array(ahead.tokens, copy=False)[:] = step.tokens
@@ -82,10 +91,10 @@ class Aheads:
         if after is None:
             return
         tokens, now = mx.array(after.tokens), cache.pages.snapshot()
-        mx.eval(tokens)
         try:
             result, counts = work(after, tokens)
-            self._of[cache] = Ahead(_key(after, name), tokens, result, counts, cache.pages.snapshot())
+            key, pages = _key(after, cache, name), cache.pages.snapshot()
+            self._of[cache] = Ahead(key, self._thread(), tokens, result, counts, pages)
         finally:
             cache.pages.restore(now)
 
@@ -94,13 +103,13 @@ def _following(step: Step, cache: KVCache) -> Step | None:
     n = len(step.tokens)
     if not n or len(step.outputs) != n or not is_single(step) or int(step.positions.max()) + 1 >= cache.capacity:
         return None
-    for slot in step.slots:
-        cache.reserve(int(slot), 2)
+    for slot, position in zip(step.slots, step.positions):
+        cache.reserve(int(slot), int(position) + 2 - int(cache.lengths[slot]))
     after = replace(step, tokens=np.zeros(n, np.int32), positions=step.positions + 1)
     cache.touch(after.slots, after.positions)
     return after
 
 
-def _key(step: Step, name: str) -> Any:
-    # Another thread has other streams.
-    return name, threading.get_ident(), step.slots.tobytes(), step.positions.tobytes(), step.outputs.tobytes()
+def _key(step: Step, cache: KVCache, name: str) -> Any:
+    arrays = (step.slots, step.positions, step.outputs, cache.block_table[step.slots])
+    return name, *(array.tobytes() for array in arrays)

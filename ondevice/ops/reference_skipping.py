@@ -137,7 +137,9 @@ class ReferenceSkipping(Ops):
     def expand(self, selection: Selection, block: int) -> Selection:
         return replace(selection, mask=np.repeat(selection.mask, block, axis=1), units=selection.units * block)
 
-    def forced(self, selection: Selection, density: float) -> Selection:
+    def forced(self, selection: Any, density: float) -> Any:
+        if isinstance(selection, HeadSelection):
+            return self._forced_heads(selection, density)
         order = self._random.random(selection.mask.shape).argsort(axis=1)
         return replace(selection, mask=order < round(density * selection.units))
 
@@ -160,7 +162,13 @@ class ReferenceSkipping(Ops):
 
     def select_heads(self, scores: Any, k: int, group: int) -> HeadSelection:
         units = scores.reshape(len(scores), -1, group).max(axis=2)
+        self._head_units = units.shape[1]
         return HeadSelection(_largest(units, k), k, group)
+
+    def _forced_heads(self, heads: HeadSelection, density: float) -> HeadSelection:
+        kept = round(density * self._head_units)
+        scores = self._random.random((len(heads.index), self._head_units))
+        return replace(heads, index=_largest(scores, kept), kept=kept)
 
     def only_heads(
         self, out: Any, heads: HeadSelection | None, cache: KVCache, layer: int, step: Step, window: int

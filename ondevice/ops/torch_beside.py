@@ -45,6 +45,12 @@ class Beside:
 
     def join(self) -> None:
         """Makes what follows wait for everything."""
-        if self._end is not None:
-            torch.cuda.current_stream().wait_event(self._end)
+        end, read = self._end, self._read
+        self.forget()
+        if end is not None:
+            torch.cuda.current_stream().wait_event(end)
+        del read  # not before the wait
+
+    def forget(self) -> None:
+        """Leaves what is pending: of a step that failed, no event can be waited for."""
         self._heads = self._end = self._read = None

@@ -118,6 +118,8 @@ class CudaOps(CudaSkipping, TorchOps):
                 with torch.no_grad():
                     return self._graphs.run(step, cache, lambda s: self._whole(body, s), name, self.counted)
             finally:
+                if self.side is not None:
+                    self.side.forget()
                 self.side = None
         return super().run(step, cache, body, name)
 

@@ -111,9 +111,10 @@ class Graphs:
         """A graph of the work and of counting it, its result, and what the host counts each time."""
         if self._anchor is None:
             # Graphs go with their caches, and torch cannot use a pool again whose last graph has gone: this one stays.
-            self._anchor = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._anchor):
+            anchor = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(anchor):
                 torch.zeros(1, device=self.device)
+            self._anchor = anchor
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._anchor.pool()):
             result = work()

@@ -43,9 +43,10 @@ def rewritten(text: str, report: parity.Report, on_gpu: bool) -> str:
 
 def main(args: list[str]) -> int | str:
     """0, or what is wrong; the file is left as it was then."""
-    path = Path(args[0])
+    if len(args) != 1 or not (path := Path(args[0])).is_file():
+        return "give one file, which has the marks"
     report, on_gpu = _run()
-    if not report.passed:
+    if not report.passed or report.obstacles:
         return "\n".join(parity.lines(report))
     try:
         path.write_text(rewritten(path.read_text(encoding="utf-8"), report, on_gpu), encoding="utf-8")

@@ -194,7 +194,7 @@ def test_writing_the_readmes_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     def fake(seed: int = 0, progress: Any = None) -> Report:
         found.append(homes.HOMES["metal"].obstacle())
-        return small_report()
+        return replace(small_report(), obstacles={})
 
     monkeypatch.setattr(parity, "run", fake)
     path, before = tmp_path / "R.md", homes.HOMES["metal"]
@@ -205,10 +205,24 @@ def test_writing_the_readmes_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert text.startswith(f"a\n{parity_table.BEGIN}\n\n| kernel |") and text.endswith(f"\n\n{parity_table.END}\nb\n")
     path.write_text("no marks")
     assert "no place for the table" in str(parity_table.main([str(path)]))
+    monkeypatch.setattr(parity, "run", lambda seed=0, progress=None: small_report())
+    assert "no Mac" in str(parity_table.main([str(path)])), "a table with homes that did not run is not written"
+    assert "give one file" in str(parity_table.main([]))
     failed = small_report()
     failed.cells["reference"]["select_topk"].failed = {"ties": "error 1, at most 0"}
     monkeypatch.setattr(parity, "run", lambda seed=0, progress=None: failed)
     assert "FAILED 1 of 3" in str(parity_table.main([str(path)]))
+
+
+def test_a_home_that_does_not_open_is_a_failure_of_that_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Home:
+        raise OSError("its library is for a newer system")
+
+    monkeypatch.setattr(parity, "CASES", {"select_threshold": CASES["select_threshold"]})
+    monkeypatch.setitem(homes.HOMES, "cpu", homes.Entry(lambda: None, broken))
+    report = parity.run(["cpu", "reference"])
+    assert not report.passed and "newer system" in report.cells["cpu"]["select_threshold"].text
+    assert report.cells["reference"]["select_threshold"].cases > 5
 
 
 def test_the_readme_has_a_table_of_this_form() -> None:

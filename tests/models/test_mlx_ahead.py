@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -97,6 +98,55 @@ def test_looking_at_the_pages_does_not_run_what_is_laid_out(mlx: Any) -> None:
         rows = [decoder.decode([token], cache, [0]) for decoder, cache in zip((ours, judge), caches)]
         mx.eval(caches[0].pages.arrays())
     assert mlx.furthest(*rows) < EXACT
+
+
+def test_a_thread_for_each_step(mlx: Any) -> None:
+    """A thread that has ended gives its number to the next one, but not its streams."""
+    spec = tiny_spec("llama")
+    ours, judge = mlx.both(spec, tiny_tensors(spec))
+    caches = [decoder.new_cache(1, 60) for decoder in (ours, judge)]
+    found: list[Any] = []
+
+    def step(token: int) -> None:
+        found.append(ours.decode([token], caches[0], [0]))
+
+    for i, token in enumerate(IDS[:4]):
+        worker = threading.Thread(target=step, args=(token,))
+        worker.start()
+        worker.join()
+        assert len(found) == i + 1 and mlx.furthest(found[-1], judge.decode([token], caches[1], [0])) < EXACT
+
+
+def test_pages_that_change_hands(mlx: Any) -> None:
+    """Both sequences get a page for what is laid out, give it back, and take it again in the other order."""
+    spec = tiny_spec("llama", context_length=256)
+    rows = []
+    for decoder in mlx.both(spec, tiny_tensors(spec)):
+        cache = decoder.new_cache(2, 200)
+        for slot in (0, 1):
+            prefill_into(cache, decoder, np.resize(np.array(IDS[slot:]), 63), slot=slot)
+        decoder.decode([1, 2], cache, [0, 1])
+        for slot in (0, 1):
+            cache.truncate(slot, 64)
+        rows.append(np.concatenate([decoder.decode([token, 5], cache, [0, 1]) for token in (3, 4)]))
+    assert mlx.furthest(*rows) < EXACT
+
+
+def test_chunks_without_logits_do_not_compute_any(mlx: Any) -> None:
+    """Of a prompt's first chunk, keys and values alone are wanted: a last layer that gives NaN goes unnoticed."""
+    spec = tiny_spec("llama", n_layers=1)
+    tensors = dict(tiny_tensors(spec))
+    ours, _ = mlx.both(spec, tensors)
+    computed: list[str] = []
+    import mlx.core as mx
+
+    evaluate = mx.async_eval
+    cache = ours.new_cache(1, 60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx, "async_eval", lambda arrays: computed.append(str(len(arrays))) or evaluate(arrays))
+        list(ours.prefill(IDS[:40], cache))
+    pages = len(cache.pages.arrays())
+    assert computed == [str(pages), str(pages), str(pages + 1)]
 
 
 def test_another_sequence_takes_the_pages_of_one_that_ended(mlx: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ondevice.checkpoint.quantization import Quantized, quantize
+from ondevice.errors import NumericalError
 from ondevice.ops.cpu import CpuOps
 from tests.kernels.rounding import rounded
 from tests.models.running import HalfCacheOps, decode_logits, make_decoder
@@ -112,3 +113,15 @@ def test_each_token_counts_what_it_keeps_itself(name: str) -> None:
     for kind, (mine, units) in kept[0].items():
         assert units == kept[1][kind][1] and 0 < mine < units
         assert abs(mine - kept[1][kind][0]) <= 0.01 * units
+
+
+def test_a_damaged_layer_is_named() -> None:
+    """By steps that run the first layers only, which must not be taken for those that decode."""
+    spec = sparse_spec("polar")
+    tensors = dict(sparse_tensors(spec))
+    last = f"layers.{spec.n_layers - 1}.o.weight"
+    tensors[last] = np.full_like(tensors[last], np.nan)
+    decoder = make_decoder(spec, tensors, CpuOps(2))
+    cache = decoder.new_cache(1, 64)
+    with pytest.raises(NumericalError, match=f"after layer {spec.n_layers - 1}:"):
+        decoder.decode([5], cache, [0])

@@ -13,6 +13,7 @@ import pytest
 
 from ondevice.checkpoint.quantization import quantize
 from ondevice.ops import torch_device
+from ondevice.ops.reference import ReferenceOps
 from ondevice_bench.sparsity import force, parse
 from tests.kernels.triton_home import MISSING, needs_triton
 from tests.models.cases import case_ids
@@ -81,7 +82,7 @@ def test_bytes_that_single_tokens_skip() -> None:
 def test_forced_heads_and_neurons(name: str) -> None:
     """What a benchmark puts in the selectors' place has the density that was asked for."""
     spec = sparse_spec(name)
-    for ops in (CudaOps(), TorchOps()):
+    for ops in (CudaOps(), TorchOps(), ReferenceOps()):
         decoder = make_decoder(spec, sparse_tensors(spec), ops)
         force(decoder, parse("polar:heads=0.25,rows=0.25" if name == "polar" else "polar:heads=0.5"))
         batch_logits(decoder, (3, 1), steps=1)

@@ -37,8 +37,9 @@ def test_a_report_of_mlx(small: None, tiny_path: Path, tmp_path: Path, monkeypat
     for row in report["agreement"]:
         assert row["median_rms"] < 1e-3 and row["top1"] > 0.9, row
         assert row["sparsity"] == "dense" or row["counts"], row
-    assert report["kernels"]["homes"]["reference"]["select_threshold"]["cases"] > 5
-    assert "no Apple GPU" in report["kernels"]["not_run"]["metal"] or "metal" in report["kernels"]["homes"]
+    assert report["parity"]["homes"]["reference"]["select_threshold"]["cases"] > 5
+    assert "no Apple GPU" in report["parity"]["not_run"]["metal"] or "metal" in report["parity"]["homes"]
+    assert report["kernels"]["instruction_set"]
     assert [row["test"] for row in report["bench"]] == ["pp4", "tg3"]
     assert all(row["avg_ts"] > 0 and row["device"] for row in report["bench"])
 
@@ -47,7 +48,7 @@ def test_what_fails_is_told_in_its_place(small: None, tmp_path: Path, monkeypatc
     monkeypatch.setattr(health, "AGREEMENT", (("smollm2-135m", None), ("smollm2-135m", "polar:heads=2,nonsense=1")))
     monkeypatch.setattr(parity, "run", lambda homes: 1 / 0)
     found = health.health(["reference"], str(tmp_path / "none"), lambda text: None)
-    assert "ZeroDivisionError" in found["kernels"]["error"]
+    assert "ZeroDivisionError" in found["parity"]["error"]
     fine, wrong = found["agreement"]
     assert fine["rms"] == 0 and "error" not in fine
     assert "nonsense" in wrong["error"] and any("parse" in line for line in wrong["traceback"])
@@ -58,7 +59,7 @@ def test_a_gpu_measures_models_of_a_size_where_memory_counts(monkeypatch: pytest
     """On a Mac; which device a table has is replaced. What only a Mac can show is how fast it is."""
     asked = []
     monkeypatch.setattr(health, "AGREEMENT", ())
-    monkeypatch.setattr(health, "_kernels", dict)
+    monkeypatch.setattr(health, "_parity", dict)
     monkeypatch.setattr(health, "_where", lambda backend: "GPU (Apple M2, Metal)")
     monkeypatch.setattr(health, "_measured", lambda sources, backend: asked.append(sources) or {"rows": []})
     health.health(["mlx"], "smollm2", lambda text: None)

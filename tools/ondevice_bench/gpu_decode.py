@@ -101,7 +101,7 @@ class Step:
             # The first layer's attention is dense, as published.
             with self._beside():
                 heads = select_topk(linear(inputs, layer.heads), self.kept[0], False) if i else None
-                chosen = None if self.side is None else self.side.record_event()
+                chosen = None if self.side is None or heads is None else self.side.record_event()
                 rows = select_topk(linear(linear(inputs, layer.first), layer.second), self.kept[1], True)
         q, k, v = linear(inputs, layer.qkv, layer.qkv_bias).view(b, 3, shape.heads, shape.dh).unbind(1)
         cache, view = self.caches[i % len(self.caches)], self.views[i % len(self.caches)]

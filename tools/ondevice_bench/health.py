@@ -58,11 +58,11 @@ def health(backends: Sequence[str], model: str, say: Say) -> dict[str, Any]:
         say: told what is being done.
 
     Returns:
-        "kernels": as `ondevice_parity.parity.Report.document` has them; "agreement" and "bench": lists of rows. Or
+        "parity": as `ondevice_parity.parity.Report.document` has them; "agreement" and "bench": lists of rows. Or
         {"error": ...} in the place of what failed.
     """
     say("kernels: each case of each against float64")
-    report: dict[str, Any] = {"kernels": _tried(_kernels), "agreement": [], "bench": []}
+    report: dict[str, Any] = {"parity": _tried(_parity), "agreement": [], "bench": []}
     for backend in backends:
         for shape, method in AGREEMENT:
             say(f"{backend}: {shape}, {method or 'dense'}, against the reference")
@@ -120,7 +120,7 @@ def _measured(sources: list[Source], backend: str) -> dict[str, Any]:
     return {"rows": list(run_tests([replace(s) for s in sources], backend, None, cases, 3, False))}
 
 
-def _kernels() -> dict[str, Any]:
+def _parity() -> dict[str, Any]:
     return parity.run(KERNEL_HOMES).document()
 
 

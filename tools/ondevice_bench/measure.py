@@ -77,11 +77,13 @@ def in_turn(
     """
     runs = [_Run(decoder, case, alike) for decoder in decoders]
     for run in runs:
+        run.rewind()
         run.once(between)
     samples: list[list[float]] = [[] for _ in runs]
     counts: list[dict[str, Tally]] = [{} for _ in runs]
     for _ in range(repetitions):
         for run, mine, own in zip(runs, samples, counts):
+            run.rewind()
             # Models that one table runs share its counts.
             before = _skipped(run.decoder)
             mine.append(case.tokens * case.batch / run.once(between))
@@ -111,6 +113,7 @@ def _since(now: Tally, earlier: Tally) -> Tally:
 
 
 def _profile(run: _Run) -> Profile:
+    run.rewind()
     with profile_table(run.decoder.ops)() as parts:
         seconds = run.once()
     return Profile(dict(parts), seconds, run.case.tokens, run.case.batch)
@@ -148,22 +151,26 @@ class _Run:
         """Gives a sequence what the first one has read."""
         cache = self.cache
         cache.reserve(slot, self.case.depth)
-        first, own = cache.block_table[0], cache.block_table[slot]
+        pages = -(-self.case.depth // cache.page)
+        first, own = (cache.block_table[i, :pages].tolist() for i in (0, slot))
+        before = (slice(None),) * self.decoder.ops.page_axis
         for array in held_arrays(cache.pages):
-            before = (slice(None),) * self.decoder.ops.page_axis
-            for source, target in zip(first, own[: -(-self.case.depth // cache.page)]):
-                array[(*before, int(target))] = array[(*before, int(source))]
+            # All pages at once: an array library may copy the whole array at each assignment.
+            array[(*before, own)] = array[(*before, first)]
         cache.lengths[slot] = self.case.depth
 
     def _decode(self, position: int) -> None:
         self.decoder.decode([tokens[position] for tokens in self.tokens], self.cache, range(self.case.batch), top=1)
 
-    def once(self, between: Callable[[], object] | None = None) -> float:
-        """Seconds of one repetition."""
-        case = self.case
+    def rewind(self) -> None:
+        """Goes back to the depth; what a ring no longer has is read again."""
         for slot, tokens in enumerate(self.tokens):
-            if self.cache.truncate(slot, case.depth) < case.depth:
-                self._read(tokens[: case.depth], slot)
+            if self.cache.truncate(slot, self.case.depth) < self.case.depth:
+                self._read(tokens[: self.case.depth], slot)
+
+    def once(self, between: Callable[[], object] | None = None) -> float:
+        """Seconds of one repetition, behind `rewind`."""
+        case = self.case
         if case.kind == "pp":
             steps = [partial(self._read, tokens[case.depth :], slot) for slot, tokens in enumerate(self.tokens)]
         else:

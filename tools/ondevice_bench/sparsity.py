@@ -1,7 +1,8 @@
 """`--sparsity METHOD:key=value,...`: a known shape made sparse with random routers, at densities that are forced.
 
-The method's own selector runs and is measured; then a fresh random list of the wanted length takes its result's place,
-at every token and in every layer. `lists` has no selector at all: what the kernels alone could give.
+The method's own selector runs and is measured; then a fresh random list of the wanted length takes its result's place
+(on a GPU, unless it has that length already), at every token and in every layer. `lists` has no selector at all: what
+the kernels alone could give.
 """
 
 from __future__ import annotations

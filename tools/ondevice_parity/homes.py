@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,9 +77,9 @@ def _triton() -> Home:
 
 
 def _mlx_obstacle() -> str | None:
-    if importlib.util.find_spec("mlx") is None:
-        return "MLX is not installed; on a Mac with Apple silicon it comes with ondevice, else `ondevice[mlx-cpu]`"
-    return None
+    from ondevice.ops import mlx_device
+
+    return mlx_device.obstacle()
 
 
 def _metal_obstacle() -> str | None:

@@ -102,7 +102,13 @@ def run(homes: Iterable[str] = HOMES, seed: int = 0, progress: Progress | None =
         if problem is not None:
             obstacles[name] = problem
             continue
-        home = HOMES[name].open()
+        try:
+            home = HOMES[name].open()
+        except Exception as e:
+            # That is no reason not to run, and not one for other homes.
+            reason = f"the home did not open: {type(e).__name__}: {e}"[:300]
+            cells[name] = {kernel: Cell(cases=1, failed={"all": reason}) for kernel in CASES}
+            continue
         cells[name] = {}
         for j, kernel in enumerate(CASES):
             if progress:
