@@ -1,8 +1,8 @@
 """The next step of decoding, laid out while the device runs this one.
 
 Laying a step out is work of Python for each operation, for which a device would wait. All of a step but its tokens is
-known before: so it is laid out over a place for the tokens, which are put there when they have been chosen. Nothing of it
-runs before that. (Were it to run ahead, pages of the cache would be in use twice, and MLX would copy them instead of
+known before: so it is laid out over a place for the tokens, which are put there when they have been chosen. Nothing of
+it runs before that. (Were it to run ahead, pages of the cache would be in use twice, and MLX would copy them instead of
 writing in place.)
 """
 
